@@ -1,0 +1,23 @@
+"""VeLoRA for PyTorch: compressed activations, gradients that are factors.
+
+A compressed linear layer keeps one number per sub-token for its backward pass instead of its
+whole input, and trains a small matrix of coefficients instead of its weight; after each optimizer
+step the coefficients are folded into the weight. See ``docs/method.md``.
+"""
+
+from velora_torch import memory
+from velora_torch.config import VeloraConfig
+from velora_torch.export import export_lora
+from velora_torch.model import compress, fold, restore
+from velora_torch.overview import summary
+
+__all__ = [
+    "VeloraConfig",
+    "compress",
+    "export_lora",
+    "fold",
+    "memory",
+    "restore",
+    "summary",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,201 @@
+"""What a user can ask for, validated before anything is touched."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+Init = Literal["average", "running_average", "batch_average", "random", "svd"]
+Vectors = Literal["shared", "per_group"]
+Gradient = Literal["factored", "dense"]
+Rounding = Literal["stochastic", "nearest"]
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+DEFAULT_NUM_GROUPS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeloraConfig:
+    """How :func:`velora_torch.compress` compresses a model.
+
+    Symbols: ``T`` tokens, ``D`` input features, ``G`` groups, ``M`` features per sub-token
+    (``D = G * M``, the last group padded if need be), ``O`` output features.
+    """
+
+    targets: Targets = "all-linear"
+    """Which layers: ``"all-linear"`` (every trainable linear layer but a language model's output
+    head), a list of layer names (each matches whole components of a dotted name, so ``"v_proj"``
+    also covers ``v_proj.lora_A.default``), a regular expression for the whole dotted name, or a
+    function ``f(name, module) -> bool``."""
+
+    num_groups: int | Mapping[str, int] | None = None
+    """G, the numbers kept per token: one value, or one per layer name (longest match wins;
+    the key ``"default"`` is for all others). 32 unless ``sub_token_size`` is given."""
+
+    sub_token_size: int | Mapping[str, int] | None = None
+    """M, the features that one kept number stands for, instead of ``num_groups``."""
+
+    init: Init = "average"
+    """How v is chosen: ``average`` (mean sub-token of the first training batch, then fixed: the
+    paper's choice), ``running_average`` (of all batches so far), ``batch_average`` (of each step's
+    first batch), ``random`` (seeded) or ``svd`` (first right singular vector of a sub-sample of
+    the first batch). Paper, section 3 and table 6."""
+
+    vectors: Vectors = "shared"
+    """One v for all groups of a layer (paper), or a v of its own ``per_group``."""
+
+    refresh_every: int | None = None
+    """Optimizer steps between new vectors; ``None`` keeps them for the whole run."""
+
+    scale: float = 1.0
+    """Factor on the weight gradient (paper, Algorithm 1). Adam-like optimizers do not see it."""
+
+    gradient: Gradient = "factored"
+    """``factored`` trains the O x G coefficients; ``dense`` fills ``weight.grad`` with the O x D
+    gradient, as the paper does."""
+
+    seed: int = 0
+    """Seed of random vectors and of stochastic rounding."""
+
+    rounding: Rounding = "stochastic"
+    """How a fold rounds to a 16-bit weight. ``stochastic`` keeps, on average, updates that are
+    smaller than the weight's resolution; ``nearest`` loses them (docs/results/bf16.md)."""
+
+    fold_every: int | None = 1
+    """Optimizer steps between folds. In between, the forward pass adds the pending coefficients.
+    ``None`` never folds by itself, so that the base weights stay what they were."""
+
+    running_decay: float = 0.9
+    """Weight of the past in ``init="running_average"``."""
+
+    track_delta: bool = True
+    """Keep the sum of all folded coefficients (O x G numbers in float32 per layer), which
+    :func:`velora_torch.export_lora` needs. ``False`` saves that memory."""
+
+    def __post_init__(self) -> None:
+        _check_choice("init", self.init, get_args(Init))
+        _check_choice("vectors", self.vectors, get_args(Vectors))
+        _check_choice("gradient", self.gradient, get_args(Gradient))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        self._check_targets()
+        if self.num_groups is not None and self.sub_token_size is not None:
+            raise ValueError(
+                "num_groups and sub_token_size say the same thing (in_features = num_groups * "
+                f"sub_token_size); got num_groups={self.num_groups!r} and "
+                f"sub_token_size={self.sub_token_size!r}: give one of them"
+            )
+        if self.num_groups is None and self.sub_token_size is None:
+            object.__setattr__(self, "num_groups", DEFAULT_NUM_GROUPS)
+        for field in ("num_groups", "sub_token_size"):
+            value = getattr(self, field)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, field, dict(value))
+                if not value:
+                    raise ValueError(f"{field} is an empty dict: name at least one layer")
+                for name, size in value.items():
+                    _check_count(f"{field}[{name!r}]", size)
+            elif value is not None:
+                _check_count(field, value)
+        for field in ("refresh_every", "fold_every"):
+            if getattr(self, field) is not None:
+                _check_count(field, getattr(self, field))
+        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be a positive finite number, got {self.scale!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        if not 0 <= self.running_decay < 1:
+            raise ValueError(f"running_decay must be in [0, 1), got {self.running_decay!r}")
+        moves = self.refresh_every or self.init in ("running_average", "batch_average")
+        if self.fold_every is None and moves and self.gradient == "factored":
+            raise ValueError(
+                "fold_every=None keeps all coefficients pending, and new vectors may only be "
+                f"drawn after a fold; use refresh_every=None and a fixed init (got "
+                f"refresh_every={self.refresh_every!r}, init={self.init!r}), or let folds happen"
+            )
+
+    def _check_targets(self) -> None:
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ValueError(
+                    f"targets={self.targets!r} is neither 'all-linear' nor a valid regular "
+                    f"expression: {error}"
+                ) from None
+        elif not callable(self.targets):
+            names = tuple(self.targets)
+            if not names or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(
+                    f"targets must be 'all-linear', layer names, a regular expression or a "
+                    f"function; got {self.targets!r}"
+                )
+            object.__setattr__(self, "targets", names)
+
+    def groups(self, name: str, in_features: int) -> tuple[int, int]:
+        """(G, M) of the layer ``name`` with ``in_features`` inputs.
+
+        Raises:
+            ValueError: more groups than features, or no entry for this layer.
+        """
+        if self.sub_token_size is not None:
+            size = _for_layer(self.sub_token_size, name, "sub_token_size")
+            if size > in_features:
+                raise ValueError(
+                    f"sub_token_size={size} is larger than the {in_features} input features of "
+                    f"layer {name!r}; use at most {in_features}"
+                )
+            return -(-in_features // size), size
+        count = _for_layer(self.num_groups, name, "num_groups")
+        if count > in_features:
+            raise ValueError(
+                f"num_groups={count} is larger than the {in_features} input features of layer "
+                f"{name!r}; use at most {in_features}"
+            )
+        return count, -(-in_features // count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; a function given as ``targets`` becomes its name."""
+        fields = asdict(self)
+        if callable(self.targets):
+            fields["targets"] = f"<function {getattr(self.targets, '__name__', 'targets')}>"
+        elif not isinstance(self.targets, str):
+            fields["targets"] = list(self.targets)
+        return fields
+
+
+def matches_components(name: str, part: str) -> bool:
+    """Whether ``part`` is a run of whole components of the dotted ``name``."""
+    return f".{part}." in f".{name}."
+
+
+def _for_layer(value: int | Mapping[str, int] | None, name: str, field: str) -> int:
+    if isinstance(value, int):
+        return value
+    assert value is not None
+    keys = [key for key in value if key != "default" and matches_components(name, key)]
+    if keys:
+        return value[max(keys, key=len)]
+    if "default" in value:
+        return value["default"]
+    raise ValueError(
+        f"{field} has no entry for layer {name!r}; it names {', '.join(map(repr, value))}. Add the "
+        f"layer, or a 'default', or narrow targets"
+    )
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"unknown {field} {value!r}{hint}: choose one of {', '.join(choices)}")
+
+
+def _check_count(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} must be a positive whole number, got {value!r}")

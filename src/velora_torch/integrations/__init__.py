@@ -1,0 +1,1 @@
+"""What fits the library into others: each file needs one optional package."""

@@ -1,0 +1,101 @@
+"""Bytes that a training step holds, counted on real tensors: every storage once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one training step by category."""
+
+    weights: int
+    """Parameters and buffers."""
+    saved_activations: int
+    """What autograd keeps from the forward pass for the backward pass, weights excluded."""
+    gradients: int
+    optimizer_state: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain numbers."""
+        return asdict(self)
+
+
+class _Storages:
+    """Unique storages; holds the tensors, so that an address is not used twice."""
+
+    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
+        self._excluded = {t.untyped_storage().data_ptr() for t in exclude}
+        self._seen: dict[int, Tensor] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        if address and address not in self._excluded:
+            self._seen.setdefault(address, tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self._seen.values())
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count what autograd saves inside the block, parameters and buffers of ``model`` excluded.
+
+    Yields:
+        A function that gives the bytes saved so far, every storage counted once.
+    """
+    storages = _Storages([*model.parameters(), *model.buffers()])
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.add(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: storages.nbytes
+
+
+def measure_step(
+    model: nn.Module, loss: Callable[[], Tensor], optimizer: Optimizer | None = None
+) -> StepBytes:
+    """Run one training step and count what it holds.
+
+    Args:
+        model: the model; its gradients are cleared before, and the step is really taken.
+        loss: computes the loss of one batch (a 0-d tensor).
+        optimizer: stepped after the backward pass, so that its state exists; ``None`` counts none.
+    """
+    model.zero_grad(set_to_none=True)
+    with saved_bytes(model) as count:
+        value = loss()
+    saved = count()
+    value.backward()
+    gradients = _nbytes(p.grad for p in model.parameters() if p.grad is not None)
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    states = optimizer_state_bytes(optimizer) if optimizer is not None else 0
+    return StepBytes(_nbytes([*model.parameters(), *model.buffers()]), saved, gradients, states)
+
+
+def optimizer_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of an optimizer's state tensors."""
+    return _nbytes(
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    storages = _Storages()
+    for tensor in tensors:
+        storages.add(tensor.detach())
+    return storages.nbytes

@@ -1,0 +1,1 @@
+"""What a training run leaves to read: `results.json`, the comparison tables and `report.html`."""

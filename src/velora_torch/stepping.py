@@ -1,0 +1,129 @@
+"""Watching every optimizer's step, so that users need to call nothing.
+
+torch runs global hooks before and after any optimizer's ``step``. Before: refuse what would not
+be exact, and turn first moments to new vectors. After: fold the coefficients that were updated.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from velora_torch.layers.base import LIVE, CompressedLayer
+from velora_torch.optimizers import Rule, check_group, rule_for, turn_moments
+
+_RETIRED: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""Coefficients of restored layers: an optimizer that still holds one trains nothing."""
+
+
+@functools.cache
+def watch() -> None:
+    """Install the two global hooks, once in a process."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def retire(coef: nn.Parameter) -> None:
+    """Remember coefficients whose layer is plain again."""
+    _RETIRED[id(coef)] = coef
+
+
+def _trained(optimizer: Optimizer) -> list[tuple[CompressedLayer, dict[str, Any]]]:
+    """Compressed layers whose coefficients (or dense-gradient weight) the optimizer holds."""
+    layers = {}
+    for layer in LIVE:
+        coef = layer._parameters["coef"]
+        layers[id(layer.raw_weight if coef is None else coef)] = layer
+    return [
+        (layers[id(p)], group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in layers
+    ]
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    trained = _trained(optimizer)
+    _check_holdings(optimizer, {id(layer) for layer, _ in trained})
+    factored = [(layer, group) for layer, group in trained if layer._parameters["coef"] is not None]
+    if not factored:
+        return
+    rule = rule_for(optimizer)
+    for group in {id(group): group for _, group in factored}.values():
+        check_group(rule, optimizer, group)
+    _check_first_draws([layer for layer, _ in factored])
+    for layer, _ in factored:
+        _check_direction(layer, rule)
+        if layer.velora_turn is not None and layer.coef.grad is not None:
+            assert layer.velora_sign_turn is not None
+            turn_moments(rule, optimizer, layer.coef, layer.velora_turn, layer.velora_sign_turn)
+            layer.velora_turn = layer.velora_sign_turn = None
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for layer, group in _trained(optimizer):
+        coef = layer._parameters["coef"]
+        if coef is None:
+            if layer.raw_weight.grad is not None:
+                layer.after_step("v")
+        elif coef.grad is not None or coef._version != layer._seen:
+            rule = rule_for(optimizer)
+            layer.after_step(rule.direction, rule.decay(group, optimizer))
+
+
+def _check_holdings(optimizer: Optimizer, trained: set[int]) -> None:
+    if not LIVE and not _RETIRED:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(key in held for key in list(_RETIRED)):
+        raise ValueError(
+            "VeLoRA: this optimizer holds coefficients of a model that was restored, so it would "
+            "train nothing. Build the optimizer after velora_torch.restore(model)."
+        )
+    for layer in LIVE:
+        untrained = id(layer) not in trained and layer._parameters["coef"] is not None
+        if untrained and id(layer.raw_weight) in held and layer.coef.requires_grad:
+            raise ValueError(
+                f"VeLoRA: this optimizer was built before velora_torch.compress: it holds the "
+                f"weight of layer {layer.velora.name!r}, which is frozen now, and not the "
+                f"coefficients that train it. Build the optimizer after compress."
+            )
+
+
+def _check_direction(layer: CompressedLayer, rule: Rule) -> None:
+    state = layer.velora
+    layer.settle()
+    if not state.pending or state.direction == rule.direction:
+        return
+    if state.config.fold_every is None:
+        raise ValueError(
+            f"VeLoRA: layer {state.name!r} has pending coefficients along {state.direction}, and "
+            f"this optimizer updates along {rule.direction}. Call velora_torch.fold(model) first."
+        )
+    layer.fold()
+
+
+def _check_first_draws(layers: list[CompressedLayer]) -> None:
+    """Warn about first batches that gave no direction: one look at the device, once in a run."""
+    flags = [(layer, layer.take_unchecked()) for layer in layers]
+    bad = [layer for layer, flag in flags if flag is not None and not bool(flag)]
+    if not bad:
+        return
+    for layer in bad:
+        layer.draw_again()
+    names = ", ".join(repr(layer.velora.name) for layer in bad[:3])
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    warnings.warn(
+        f"VeLoRA: the first batch gave no direction for {names}{more}: its input was all zero or "
+        f"not finite. These layers use equal entries for now and choose vectors at the next batch.",
+        stacklevel=2,
+    )

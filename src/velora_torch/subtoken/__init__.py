@@ -1,0 +1,1 @@
+"""The method: sub-tokens, their projections, and the gradient as a factor."""

@@ -1,0 +1,204 @@
+"""The fast path: a linear layer whose weight gradient is the factor C = dYᵀ z.
+
+    dW[o, g, m] = sum_t dY[t, o] z[t, g] v[g, m] = C[o, g] v[g, m]
+
+The reconstructed input never exists, and with ``gradient="factored"`` neither does dW.
+
+Shapes: T tokens, D input features, G groups, M features per sub-token, O output features.
+A weight is stored (O, D) as in ``nn.Linear``, or ``transposed`` (D, O) as in GPT-2's ``Conv1D``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx
+from torch.nn import functional as F
+
+
+def project(x: Tensor, v_GM: Tensor) -> Tensor:
+    """z[t, g] = sum over m of x[t, g, m] v[g, m] (paper, equation 1), without a copy of x.
+
+    Args:
+        x: (..., D), D <= G * M; features beyond D count as zero.
+        v_GM: (G, M); cast to the type of x.
+
+    Returns:
+        (T, G), T the product of all leading dimensions.
+    """
+    features = x.shape[-1]
+    groups, size = v_GM.shape
+    x_TD = x.reshape(-1, features)
+    v_GM = v_GM.to(x.dtype)
+    full = features // size
+    if full == groups:
+        return torch.einsum("tgm,gm->tg", x_TD.unflatten(1, (groups, size)), v_GM)
+    z_TG = x_TD.new_zeros(x_TD.shape[0], groups)
+    if full:
+        whole = x_TD[:, : full * size].unflatten(1, (full, size))
+        z_TG[:, :full] = torch.einsum("tgm,gm->tg", whole, v_GM[:full])
+    rest = features - full * size
+    if rest:
+        z_TG[:, full] = x_TD[:, full * size :] @ v_GM[full, :rest]
+    return z_TG
+
+
+def contract(dW_OD: Tensor, v_GM: Tensor) -> Tensor:
+    """C[o, g] = sum over m of dW[o, g, m] v[g, m]: the factor of an exact gradient. (O, G)."""
+    return project(dW_OD, v_GM)
+
+
+def expand(coef_OG: Tensor, e_GM: Tensor, features: int) -> Tensor:
+    """delta[o, g, m] = coef[o, g] e[g, m], as (O, D)."""
+    return (coef_OG.unsqueeze(-1) * e_GM).flatten(1)[:, :features]
+
+
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The plain layer's own arithmetic, so that outputs are bitwise what they were."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    shape = (*x.shape[:-1], weight.shape[1])
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return y.view(shape)
+
+
+class FactoredLinear(Function):
+    """``y = x Wᵀ + (x e) coefᵀ + b`` that saves z (T x G) and W, and nothing of the size of x.
+
+    Gradients: dX = dY W + (dY coef) e exactly, d coef = scale * dYᵀ z, db = sum of dY; with
+    ``dense``, dW = scale * (dYᵀ z) v instead of d coef (paper, Algorithm 1). ``z`` is computed by
+    the caller; ``None`` means that the layer has no vectors yet (evaluation before training), and
+    the backward pass warns that the weight gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        coef: Tensor | None,
+        z: Tensor | None,
+        v: Tensor | None,
+        e: Tensor | None,
+        scale: float,
+        transposed: bool,
+        name: str,
+    ) -> Tensor:
+        """Compute y. ``v`` is given for a dense gradient, ``e`` while coefficients are pending."""
+        y = apply_linear(x, weight, bias, transposed)
+        if e is None:
+            return y
+        assert coef is not None
+        pending = F.linear(project(x, e), coef.to(x.dtype))
+        return y + pending.view(y.shape).to(y.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save what the backward pass needs: never x."""
+        x, weight, _bias, coef, z, v, e, scale, transposed, name = inputs
+        ctx.save_for_backward(z, weight, coef if e is not None else None, v, e)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if _bias is None else _bias.dtype
+        ctx.coef_dtype = None if coef is None else coef.dtype
+        ctx.scale, ctx.transposed, ctx.name = scale, transposed, name
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and coef."""
+        (grad_output,) = grad_outputs
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_output)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(g if g is None else _forbid_double_backward(g) for g in grads)
+        return (*grads, None, None, None, None, None, None)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    z, weight, coef, v, e = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_coef = ctx.needs_input_grad[:4]
+    outputs = grad_output.shape[-1]
+    features = ctx.x_shape[-1]
+    dY_TO = grad_output.reshape(-1, outputs)
+    dX = dW = db = dC = None
+    if needs_x:
+        cast = weight.to(dY_TO.dtype)
+        dX = dY_TO @ (cast.t() if ctx.transposed else cast)
+        if e is not None:
+            dX += expand(dY_TO @ coef.to(dY_TO.dtype), e.to(dY_TO.dtype), features)
+        dX = dX.view(ctx.x_shape).to(ctx.x_dtype)
+    if needs_bias:
+        db = dY_TO.sum(0).to(ctx.bias_dtype)
+    if z is None:
+        if needs_coef or needs_weight:
+            warnings.warn(
+                f"VeLoRA: layer {ctx.name!r} is in evaluation mode and has no vectors yet, so its "
+                f"weight gets no gradient. Call model.train() for the steps that should train it.",
+                stacklevel=2,
+            )
+        return dX, None, db, None
+    dense = v is not None
+    if needs_coef or (needs_weight and dense):
+        factor_OG = dY_TO.t() @ z.to(dY_TO.dtype)
+        if dense:
+            dW = expand(factor_OG, (v * ctx.scale).to(factor_OG.dtype), features)
+            dW = (dW.t() if ctx.transposed else dW).to(weight.dtype)
+        else:
+            dC = factor_OG.to(ctx.coef_dtype)
+            if ctx.scale != 1.0:
+                dC = dC * ctx.scale
+    return dX, dW, db, dC
+
+
+class ExposedWeight(Function):
+    """The weight as code outside the layer's forward sees it: an alias that autograd can follow.
+
+    Whoever uses ``layer.weight`` in a differentiable way (functional attention, a penalty on the
+    weights) trains the coefficients through C = dW v, the factor of the exact gradient.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, coef: Tensor, v: Tensor, scale: float, transposed: bool) -> Tensor:
+        """Alias of the weight: no copy."""
+        return weight.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the vectors alone."""
+        _weight, coef, v, scale, transposed = inputs
+        ctx.save_for_backward(v)
+        ctx.coef_dtype, ctx.scale, ctx.transposed = coef.dtype, scale, transposed
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The factor of the exact gradient."""
+        (v,) = ctx.saved_tensors
+        (dW,) = grad_outputs
+        if ctx.transposed:
+            dW = dW.t()
+        return None, (contract(dW, v) * ctx.scale).to(ctx.coef_dtype), None, None, None
+
+
+class _NoDoubleBackward(Function):
+    """Identity whose own backward is an error: the factor is not differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        """Pass through."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> Tensor:
+        """Refuse."""
+        raise RuntimeError(
+            "VeLoRA: double backward through a compressed layer. The input was not kept, so second "
+            "derivatives would be wrong. Call velora_torch.restore(model) first, or leave the "
+            "layers that need second derivatives out of `targets`."
+        )
+
+
+def _forbid_double_backward(gradient: Tensor) -> Tensor:
+    return _NoDoubleBackward.apply(gradient.detach().requires_grad_())

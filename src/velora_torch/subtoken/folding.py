@@ -1,0 +1,91 @@
+"""Folding coefficients into a weight: W <- decay * W + coef (x) e, in one pass over W.
+
+Shapes: O output features, D input features, G groups, M features per sub-token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from velora_torch.subtoken.factored import expand
+
+CHUNK = {"cpu": 1 << 17}
+"""Weights handled at a time, so that the temporary stays in cache (CPU) or small (GPU)."""
+DEFAULT_CHUNK = 1 << 24
+
+
+def fold_(
+    weight_OD: Tensor,
+    coef_OG: Tensor,
+    e_GM: Tensor,
+    decay: float | Tensor = 1.0,
+    stochastic_seed: int | None = None,
+) -> None:
+    """Add ``coef[o, g] * e[g, m]`` to ``decay * weight`` in place.
+
+    Args:
+        weight_OD: the weight, or a transposed view of it; changed in place.
+        coef_OG: coefficients, in float32 or wider.
+        e_GM: v for optimizers that are linear in the gradient, sign(v) for scale-invariant ones.
+        decay: 1 - lr * weight_decay of this step.
+        stochastic_seed: seed of the rounding of 16-bit weights; ``None`` rounds to nearest.
+    """
+    outputs, features = weight_OD.shape
+    if outputs == 0:
+        return
+    e_GM = e_GM.to(coef_OG.dtype)
+    decays = isinstance(decay, Tensor) or decay != 1.0
+    half = weight_OD.dtype in (torch.bfloat16, torch.float16)
+    noise = None
+    if half and stochastic_seed is not None:
+        noise = _Noise(outputs, features, stochastic_seed, weight_OD.device)
+    rows = max(1, CHUNK.get(weight_OD.device.type, DEFAULT_CHUNK) // features)
+    for start in range(0, outputs, rows):
+        part = weight_OD[start : start + rows]
+        delta = expand(coef_OG[start : start + rows], e_GM, features)
+        if not half:
+            if decays:
+                part.mul_(decay)
+            part.add_(delta)
+            continue
+        wide = part.to(delta.dtype)
+        if decays:
+            wide.mul_(decay)
+        wide = wide.add_(delta)
+        if noise is not None:
+            _round_stochastically_(wide, noise.rows(start, rows), weight_OD.dtype)
+        part.copy_(wide)
+
+
+class _Noise:
+    """Uniform 16-bit integers a[o] + b[d] mod 2^16, from O + D random numbers instead of O * D.
+
+    Each entry is uniform and any two are independent, which is all that unbiased rounding with
+    uncorrelated errors asks for.
+    """
+
+    def __init__(self, outputs: int, features: int, seed: int, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        numbers = torch.randint(
+            0, 1 << 16, (outputs + features,), generator=generator, device=device, dtype=torch.int32
+        )
+        self._a_O, self._b_D = numbers.split((outputs, features))
+
+    def rows(self, start: int, count: int) -> Tensor:
+        """Noise of ``count`` rows from ``start``, int32 in [0, 2^16)."""
+        return (self._a_O[start : start + count, None] + self._b_D).bitwise_and_(0xFFFF)
+
+
+def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> None:
+    """Round float32 to values that ``dtype`` holds exactly, up or down with unbiased odds."""
+    if dtype == torch.bfloat16 and wide.dtype == torch.float32:
+        # bfloat16 is the upper half of float32: add noise below the cut, then cut.
+        wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
+        return
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(wide)  # |wide| in [2^(exponent - 1), 2^exponent)
+    smallest = int(torch.frexp(torch.tensor(info.tiny)).exponent)
+    exponent = torch.where(wide == 0, smallest, exponent)
+    step = torch.ldexp(torch.tensor(info.eps / 2, device=wide.device), exponent.clamp(min=smallest))
+    wide.add_((noise.to(wide.dtype) / (1 << 16) - 0.5 + 2.0**-17) * step)

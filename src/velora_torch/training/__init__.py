@@ -1,0 +1,1 @@
+"""What `velora train` runs: the recipe, its data, and the training itself."""

