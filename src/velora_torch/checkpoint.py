@@ -1,7 +1,13 @@
 """What resuming a compressed run needs besides the plain checkpoint: safetensors and JSON.
 
 A checkpoint of a compressed model holds plain weights. Next to it lie the vectors, the counters,
-pending coefficients and the configuration, so that a resumed run is the run it would have been.
+pending coefficients and the configuration, so that a resumed run is the run it would have been:
+
+    velora_state.json                counters and configuration; names the tensor file
+    velora_state-<hash>.safetensors  vectors and coefficients
+
+The JSON file is written last and whole, and says which tensors belong to it: whenever writing is
+cut off, the folder holds the former state or the new one.
 """
 
 from __future__ import annotations
@@ -13,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -22,15 +27,22 @@ from velora_torch.layers import CompressedLayer
 from velora_torch.layers.base import TENSORS
 from velora_torch.model import compressed_layers
 
-TENSOR_FILE = "velora_state.safetensors"
 JSON_FILE = "velora_state.json"
+TENSOR_FILE = "velora_state-*.safetensors"
+"""A pattern: the name has a part of the checksum in it."""
 FORMAT = "velora-torch/state/1"
+SIZES = ("targets", "num_groups", "sub_token_size")
+"""Configuration that is compared by what came of it: the layers, and their groups."""
 
 
 def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the state of the compressed layers into ``folder``.
 
-    Each file is written whole or not at all: an error (a full disk) leaves the former one.
+    Belongs to the plain weights that ``model.state_dict()`` gives before the next optimizer step;
+    both merge pending coefficients into the weights, in either order. Only ``fold_every=None``
+    keeps them apart, and then the weights without them are saved here too.
+
+    The state is written whole or not at all: an error (a full disk) leaves the former one.
 
     Raises:
         ValueError: the model is not compressed.
@@ -41,6 +53,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     described: dict[str, Any] = {}
     for name, layer in layers.items():
         layer.settle()
+        if layer.velora.pending and layer.velora.config.fold_every is not None:
+            layer.fold()
         tensors |= {f"{name}.{key}": value for key, value in _tensors(layer).items()}
         described[name] = {
             "outputs": layer.outputs,
@@ -49,15 +63,22 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             **layer.velora.counters(),
         }
     data = save_tensors(tensors)
-    text = {
-        "format": FORMAT,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "layers": described,
-    }
+    checksum = _checksum(described, data)
+    name = TENSOR_FILE.replace("*", checksum[:16])
+    text = {"format": FORMAT, "tensors": name, "sha256": checksum, "layers": described}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / TENSOR_FILE, data)
-    write_whole(target / JSON_FILE, json.dumps(text, indent=1).encode())
+    is_new = not (target / name).exists()
+    try:
+        write_whole(target / name, data)
+        write_whole(target / JSON_FILE, json.dumps(text, indent=1).encode())
+    except BaseException:
+        if is_new:
+            (target / name).unlink(missing_ok=True)
+        raise
+    for file in target.glob(TENSOR_FILE):
+        if file.name != name:
+            file.unlink()
 
 
 def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -71,7 +92,7 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     layers = _layers(model)
     described, tensors = _read(Path(folder))
-    _check_layers(layers, described, tensors, folder)
+    _check_layers(layers, described, folder)
     for name, layer in layers.items():
         _restore_layer(layer, described[name], tensors, name)
 
@@ -100,41 +121,51 @@ def _tensors(layer: CompressedLayer) -> dict[str, Tensor]:
     found = {key: layer._buffers[f"velora_{key}"] for key in TENSORS}
     if layer.velora.pending:
         found["coef"] = layer.coef
+        # state_dict() gives the weight with the coefficients in it; rounding cannot be undone.
+        found["base"] = layer.raw_weight
     return {k: v.detach().contiguous() for k, v in found.items() if v is not None}
 
 
+def _checksum(described: dict[str, Any], data: bytes) -> str:
+    """SHA-256 of both files' content."""
+    counters = json.dumps(described, sort_keys=True).encode()
+    return hashlib.sha256(counters + data).hexdigest()
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (JSON_FILE, TENSOR_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}: it is not a checkpoint of a compressed run, or its "
-                f"writing was interrupted; use an earlier checkpoint"
-            )
+    path = folder / JSON_FILE
+    data = _bytes_of(path)
     try:
-        text = json.loads((folder / JSON_FILE).read_bytes())
-        described, expected, form = text["layers"], text["sha256"], text["format"]
+        text = json.loads(data)
+        form, name = text["format"], text["tensors"]
+        described, expected = text["layers"], text["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder / JSON_FILE} is truncated or damaged ({error}); use an earlier checkpoint"
+            f"{path} is truncated or damaged ({error!r}); use an earlier checkpoint"
         ) from None
     if form != FORMAT:
-        raise ValueError(f"{folder / JSON_FILE} has format {form!r}; this version reads {FORMAT!r}")
-    data = (folder / TENSOR_FILE).read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError(f"{path} has format {form!r}; this version reads {FORMAT!r}")
+    tensors = _bytes_of(path.parent / Path(str(name)).name)
+    if _checksum(described, tensors) != expected:
         raise ValueError(
-            f"{folder / TENSOR_FILE} is truncated or damaged: its checksum is not the one in "
-            f"{JSON_FILE}; use an earlier checkpoint"
+            f"{path} or {name} next to it is truncated or damaged: the checksum of their content "
+            f"is not the one that was saved; use an earlier checkpoint"
         )
-    try:
-        return described, load_tensors(data)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSOR_FILE} is damaged: {error}") from None
+    return described, load_tensors(tensors)
+
+
+def _bytes_of(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: this is not a checkpoint of a compressed run, or its writing was "
+            f"interrupted; use an earlier checkpoint"
+        )
+    return path.read_bytes()
 
 
 def _check_layers(
     layers: dict[str, CompressedLayer],
     described: dict[str, Any],
-    tensors: dict[str, Tensor],
     folder: str | os.PathLike[str],
 ) -> None:
     missing, extra = layers.keys() - described.keys(), described.keys() - layers.keys()
@@ -153,16 +184,13 @@ def _check_layers(
             "size": layer.velora.size,
         }
         different = {k: (there.get(k), v) for k, v in here.items() if there.get(k) != v}
-        config = layer.velora.config.to_dict()
-        saved = there.get("config", {})
-        for key in ("init", "vectors", "gradient", "scale", "seed", "refresh_every", "fold_every"):
-            if saved.get(key) != config[key]:
-                different[key] = (saved.get(key), config[key])
+        saved = there["config"]
+        for key, value in layer.velora.config.to_dict().items():
+            if key not in SIZES and saved.get(key) != value:
+                different[key] = (saved.get(key), value)
         if different:
             listed = ", ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in different.items())
             raise ValueError(f"the state in {folder} does not fit layer {name!r} ({listed})")
-        if f"{name}.vectors" not in tensors:
-            raise ValueError(f"the state in {folder} lacks the vectors of layer {name!r}")
 
 
 @torch.no_grad()
@@ -176,6 +204,8 @@ def _restore_layer(
     for key in layer.velora.counters():
         if key not in ("name", "groups", "size"):
             setattr(layer.velora, key, described[key])
+    if f"{name}.base" in tensors:
+        layer.raw_weight.copy_(tensors[f"{name}.base"])
     coef = layer._parameters["coef"]
     if coef is not None:
         pending = tensors.get(f"{name}.coef")
@@ -184,4 +214,4 @@ def _restore_layer(
         else:
             coef.copy_(pending.to(coef.device, coef.dtype))
     layer._unchecked = None
-    layer._seen = layer._version_now()
+    layer._note_seen()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -104,12 +104,14 @@ class VeloraConfig:
         for field in ("refresh_every", "fold_every"):
             if getattr(self, field) is not None:
                 _check_count(field, getattr(self, field))
-        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < float("inf"):
+        if not _is_number(self.scale) or not 0 < self.scale < float("inf"):
             raise ValueError(f"scale must be a positive finite number, got {self.scale!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")
-        if not 0 <= self.running_decay < 1:
+        if not _is_number(self.running_decay) or not 0 <= self.running_decay < 1:
             raise ValueError(f"running_decay must be in [0, 1), got {self.running_decay!r}")
+        if not isinstance(self.track_delta, bool):
+            raise ValueError(f"track_delta must be True or False, got {self.track_delta!r}")
         moves = self.refresh_every or self.init in ("running_average", "batch_average")
         if self.fold_every is None and moves and self.gradient == "factored":
             raise ValueError(
@@ -119,7 +121,7 @@ class VeloraConfig:
             )
 
     def _check_targets(self) -> None:
-        if isinstance(self.targets, str):
+        if isinstance(self.targets, str) and self.targets:
             try:
                 re.compile(self.targets)
             except re.error as error:
@@ -128,7 +130,7 @@ class VeloraConfig:
                     f"expression: {error}"
                 ) from None
         elif not callable(self.targets):
-            names = tuple(self.targets)
+            names = tuple(self.targets) if isinstance(self.targets, Iterable) else ()
             if not names or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(
                     f"targets must be 'all-linear', layer names, a regular expression or a "
@@ -160,12 +162,12 @@ class VeloraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; a function given as ``targets`` becomes its name."""
-        fields = asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         if callable(self.targets):
-            fields["targets"] = f"<function {getattr(self.targets, '__name__', 'targets')}>"
+            values["targets"] = f"<function {getattr(self.targets, '__name__', 'targets')}>"
         elif not isinstance(self.targets, str):
-            fields["targets"] = list(self.targets)
-        return fields
+            values["targets"] = list(self.targets)
+        return values
 
 
 def matches_components(name: str, part: str) -> bool:
@@ -194,6 +196,10 @@ def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"unknown {field} {value!r}{hint}: choose one of {', '.join(choices)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_count(field: str, value: object) -> None:

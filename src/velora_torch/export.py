@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
                 f"cannot export a LoRA adapter: layer {name!r}: {reason}. Save the whole model "
                 f"instead (model.save_pretrained, or `velora export` without --lora)"
             )
+    _check_model(model, layers)
     whole = _whole_modules(model, layers)
-    config = _config(layers, whole)
+    config = _config(model, layers, whole)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _factors(layer).items()}
@@ -96,8 +98,8 @@ def _factors(layer: CompressedLayer) -> dict[str, Tensor]:
     return factors
 
 
-def _whole_modules(model: nn.Module, layers: dict[str, CompressedLayer]) -> list[str]:
-    """Modules whose own parameters were trained whole; the adapter stores them as they are."""
+def _check_model(model: nn.Module, layers: dict[str, CompressedLayer]) -> None:
+    """Refuse models that PEFT could not give the adapter to."""
     if not layers:
         raise ValueError("cannot export a LoRA adapter: the model is not compressed")
     if hasattr(model, "peft_config"):
@@ -105,6 +107,24 @@ def _whole_modules(model: nn.Module, layers: dict[str, CompressedLayer]) -> list
             "cannot export a LoRA adapter: this is a PEFT model already; save its adapter with "
             "model.save_pretrained"
         )
+    if "" in layers:
+        raise ValueError(
+            "cannot export a LoRA adapter: the model is itself one compressed layer, and PEFT "
+            "adapts layers inside a model. Save the whole model instead"
+        )
+    compressed = set(layers.values())
+    pairs = model.named_modules(remove_duplicate=False)
+    names = (name for name, module in pairs if module in compressed)
+    again = next((name for name in names if name not in layers), None)
+    if again is not None:
+        raise ValueError(
+            f"cannot export a LoRA adapter: layer {again!r} is the same module as another, and "
+            f"PEFT would adapt one of the two. Save the whole model instead"
+        )
+
+
+def _whole_modules(model: nn.Module, layers: dict[str, CompressedLayer]) -> list[str]:
+    """Modules whose own parameters were trained whole; the adapter stores them as they are."""
     holders: dict[int, str] = {}
     names = []
     for name, module in model.named_modules():
@@ -125,24 +145,55 @@ def _whole_modules(model: nn.Module, layers: dict[str, CompressedLayer]) -> list
             )
         holders |= {id(p): name for p in own}
         names.append(name)
-    return names
+    return _all_that_match(model, layers, names)
 
 
-def _config(layers: dict[str, CompressedLayer], whole: list[str]) -> Any:
+def _all_that_match(
+    model: nn.Module, layers: dict[str, CompressedLayer], whole: list[str]
+) -> list[str]:
+    """All modules that PEFT takes for one of ``whole``: it looks at the ends of names."""
+    matched = [n for n, _ in model.named_modules() if n.endswith(tuple(whole))] if whole else []
+    for name in matched:
+        inside = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]
+        if inside:
+            raise ValueError(
+                f"cannot export a LoRA adapter: the trained module {_end_of(name, whole)!r} is to "
+                f"be stored whole, and PEFT would take compressed layer {inside[0]!r} for the same "
+                f"by the end of its name. Freeze it before training, or save the whole model"
+            )
+    return matched
+
+
+def _end_of(name: str, whole: list[str]) -> str:
+    return next(end for end in whole if name.endswith(end))
+
+
+def _targets(model: nn.Module, layers: dict[str, CompressedLayer]) -> list[str] | str:
+    """Names of the layers, or a regular expression where an end of a name is ambiguous."""
+    ends = tuple(f".{name}" for name in layers)
+    others = (name for name, _ in model.named_modules() if name not in layers)
+    if not any(name.endswith(ends) for name in others):
+        return sorted(layers)
+    return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def _config(model: nn.Module, layers: dict[str, CompressedLayer], whole: list[str]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("export_lora needs PEFT: pip install 'velora-torch[peft]'") from error
     ranks = {name: layer.velora.groups for name, layer in layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: r for name, r in ranks.items() if r != rank}
+    # Keys are regular expressions for the end of a name.
+    others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern=others,
-        target_modules=sorted(layers),
+        target_modules=_targets(model, layers),
         modules_to_save=whole or None,
         fan_in_fan_out=any(layer.transposed for layer in layers.values()),
+        base_model_name_or_path=getattr(model, "name_or_path", None),
         inference_mode=True,
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer, compressed_class
-from velora_torch.selection import select
+from velora_torch.layers.base import LIVE, TENSORS
+from velora_torch.selection import Chosen, select
 from velora_torch.stepping import retire, watch
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+"""What a module registers that compressing adds to."""
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
@@ -35,23 +41,37 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
 
     Raises:
         ValueError: the model is compressed already, a target matches nothing, or nothing can be
-            compressed. The model is then unchanged.
+            compressed. The model is then unchanged, as it is after any other error.
     """
     config = VeloraConfig() if config is None else config
     if not isinstance(config, VeloraConfig):
         raise TypeError(f"config must be a VeloraConfig, got {type(config).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "compress makes parameters, and those made in inference mode cannot be trained: call "
+            "it outside of torch.inference_mode()"
+        )
     already = compressed_layers(model)
     if already:
         raise ValueError(
             f"this model is compressed already ({len(already)} layers, the first is "
             f"{next(iter(already))!r}); call velora_torch.restore(model) first"
         )
+    chosen = select(model, config).chosen
+    for layer in chosen:
+        _check_free(layer)
     watch()
-    for layer in select(model, config).chosen:
-        module = layer.module
-        module.__class__ = compressed_class(type(module))
-        assert isinstance(module, CompressedLayer)
-        module.start(layer.name, layer.groups, layer.size, config)
+    plain = [_Plain(layer.module) for layer in chosen]
+    try:
+        for layer in chosen:
+            module = layer.module
+            module.__class__ = compressed_class(type(module))
+            assert isinstance(module, CompressedLayer)
+            module.start(layer.name, layer.groups, layer.size, config)
+    except BaseException:  # out of memory, or interrupted
+        for former in plain:
+            former.bring_back()
+        raise
     return model
 
 
@@ -78,3 +98,36 @@ def restore(model: ModelT) -> ModelT:
         if coef is not None:
             retire(coef)
     return model
+
+
+class _Plain:
+    """A plain layer as it is before it is compressed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        self.attributes = dict(module.__dict__)
+        self.registries = {key: copy.copy(module.__dict__[key]) for key in REGISTRIES}
+        self.grad = module._parameters["weight"].grad  # type: ignore[union-attr]
+
+    def bring_back(self) -> None:
+        """Undo a compression that has not trained anything yet, finished or not."""
+        self.module.__class__ = self.kind
+        self.module.__dict__ = self.attributes
+        for key, content in self.registries.items():
+            registry = self.attributes[key]
+            registry.clear()
+            registry.update(content)
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        weight.requires_grad_(True).grad = self.grad
+        LIVE.discard(self.module)  # type: ignore[arg-type]
+
+
+def _check_free(layer: Chosen) -> None:
+    """Refuse a layer that uses one of our names for something of its own."""
+    for name in ("coef", "velora", *(f"velora_{tensor}" for tensor in TENSORS)):
+        if hasattr(layer.module, name):
+            raise ValueError(
+                f"layer {layer.name!r} has an attribute {name!r} of its own, a name that a "
+                f"compressed layer needs; rename it, or leave the layer out of targets"
+            )

@@ -44,16 +44,13 @@ class Rule:
     decoupled: Callable[[Group], bool] = lambda group: False
     """Whether weight decay multiplies the weight by 1 - lr * weight_decay."""
 
-    def decay(self, group: Group, optimizer: Optimizer) -> float | Tensor:
+    def decay(self, group: Group) -> float | Tensor:
         """1 - lr * weight_decay of the step just made."""
         weight_decay = group.get("weight_decay", 0.0)
         if not weight_decay or not self.decoupled(group):
             return 1.0
-        lost: float | Tensor = group["lr"] * weight_decay
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is not None:  # a fused step under GradScaler is a no-op where this is 1
-            lost = lost * (1 - skipped.squeeze())
-        return 1.0 - lost
+        decay: float | Tensor = 1.0 - group["lr"] * weight_decay
+        return decay
 
 
 def _coupled(group: Group) -> str | None:
@@ -122,7 +119,12 @@ _registered: dict[type[Optimizer], Rule] = {}
 
 
 def register(kind: type[Optimizer], rule: Rule) -> None:
-    """Vouch for an optimizer class of your own: its updates are folded by ``rule``."""
+    """Vouch for an optimizer class of your own: its updates are folded by ``rule``.
+
+    Its ``step`` must change the coefficients once, as an elementwise function of their gradient
+    and of its state that is linear (``Rule("v")``) or scale-invariant (``Rule("sign")``), and must
+    not look at the coefficients' own values, which are zero after every fold.
+    """
     _registered[kind] = rule
 
 
@@ -144,22 +146,42 @@ def rule_for(optimizer: Optimizer) -> Rule:
         if isinstance(optimizer, known) and _same_step(kind, known):
             return rule
     name = kind.__name__
-    if "bitsandbytes" in sys.modules:
-        from bitsandbytes.optim.optimizer import Optimizer8bit
+    if is_bitsandbytes(optimizer):
+        from velora_torch.integrations.bitsandbytes import algorithm
 
-        if isinstance(optimizer, Optimizer8bit):
-            name = getattr(optimizer, "optimizer_name", name)
-            if name in _BITSANDBYTES:
-                return _BITSANDBYTES[name]
-    reasons = {key.lower(): reason for key, reason in _ADVICE.items()}
-    why = next((r for key, r in reasons.items() if key in name.lower()), None)
-    known_reason = f" ({why})" if why else ""
+        name = algorithm(optimizer) or name
+        if name in _BITSANDBYTES:
+            return _BITSANDBYTES[name]
+    why = _why_refused(optimizer, name)
     raise ValueError(
         f"VeLoRA: {kind.__name__} on coefficients would not give the weight change of the dense "
-        f"gradient{known_reason}. Exact are: {EXACT}. Use one of them, or compress with "
-        f"gradient='dense', or, if you know that yours is linear or scale-invariant, say so with "
-        f"velora_torch.optimizers.register(...)"
+        f"gradient{f' ({why})' if why else ''}. Exact are: {EXACT}. Use one of them, or compress "
+        f"with gradient='dense', or, if you know that yours is linear or scale-invariant, say so "
+        f"with velora_torch.optimizers.register(...)"
     )
+
+
+def _why_refused(optimizer: Optimizer, name: str) -> str | None:
+    for part, reason in _ADVICE.items():
+        if part.lower() in name.lower():
+            return reason
+    known = next((base for base in type(optimizer).__mro__ if base in _TORCH), None)
+    return f"it changes the step of {known.__name__}" if known else None
+
+
+def is_bitsandbytes(optimizer: Optimizer) -> bool:
+    """Whether bitsandbytes made the optimizer's class; does not import it."""
+    loaded = sys.modules.get("bitsandbytes.optim.optimizer")
+    return loaded is not None and isinstance(optimizer, loaded.Optimizer8bit)
+
+
+def settings(optimizer: Optimizer, parameter: Tensor, group: Group) -> Group:
+    """The settings that a parameter is updated with: its group's, or its own in bitsandbytes."""
+    if not is_bitsandbytes(optimizer):
+        return group
+    from velora_torch.integrations.bitsandbytes import overrides
+
+    return {**group, **overrides(optimizer, parameter)}
 
 
 def check_group(rule: Rule, optimizer: Optimizer, group: Group) -> None:
@@ -169,8 +191,7 @@ def check_group(rule: Rule, optimizer: Optimizer, group: Group) -> None:
         ValueError: names the optimizer, the setting, and what to use instead.
     """
     reason = rule.refuse(group)
-    if reason is None and getattr(getattr(optimizer, "args", None), "max_unorm", 0.0):
-        # bitsandbytes' trust ratio
+    if reason is None and is_bitsandbytes(optimizer) and group.get("max_unorm", 0.0):
         reason = "max_unorm scales the update by the norm of the weight; use 0"
     if reason is not None:
         raise ValueError(f"VeLoRA: {type(optimizer).__name__} on coefficients: {reason}")

@@ -10,7 +10,10 @@ from torch import nn
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer
 from velora_torch.model import compressed_layers
-from velora_torch.selection import PLAIN, Selector
+from velora_torch.selection import LATER, PLAIN, Selector
+
+ROOT = "(root)"
+"""The name of the model itself in tables."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Summary:
         )
         for (kind, features, outputs, groups, size), count in rows.items():
             lines.append(
-                f"  {count:4} x {kind}  {features} -> {outputs}  {groups} groups of {size}"
+                f"  {count:4} x {kind or ROOT}  {features} -> {outputs}  {groups} groups of {size}"
             )
         lines.append(f"{len(self.exact)} layers exact")
         reasons: dict[tuple[str, str], int] = Counter(
             (name.rsplit(".", 1)[-1], reason) for name, reason in self.exact.items()
         )
-        lines += [f"  {n:4} x {kind or '(root)'}: {why}" for (kind, why), n in reasons.items()]
+        lines += [f"  {n:4} x {kind or ROOT}: {why}" for (kind, why), n in reasons.items()]
         return "\n".join(lines)
 
 
@@ -64,7 +67,7 @@ def summary(model: nn.Module) -> Summary:
     config = next(iter(layers.values())).velora.config if layers else VeloraConfig()
     selector = Selector(model, config)
     exact = {
-        name: selector.why_exact(name, module) or PLAIN
+        name: selector.why_exact(name, module) or (LATER if layers else PLAIN)
         for name, module in selector.holders.items()
         if name not in layers
     }

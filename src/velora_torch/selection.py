@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from velora_torch.config import VeloraConfig, matches_components
 from velora_torch.layers import linear_shape, uncompressible
 
 NOT_TARGETED = "not in targets"
 PLAIN = "the model is not compressed"
+LATER = "added after the model was compressed"
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,18 @@ class Selector:
             for name, module in model.named_modules()
             if list(module.parameters(recurse=False))
         }
-        self.targeted = _targeted(model, self.holders, config)
+        self.targeted, self.unmatched = _targeted(self.holders, config)
         self._model, self._config = model, config
         self._all_linear = config.targets == "all-linear"
         self._owners = _owners(model)
-        self._head = _output_head(model) if self._all_linear else None
+        self._heads = _output_heads(model) if self._all_linear else []
 
     def why_exact(self, name: str, module: nn.Module) -> str | None:
         """Why a layer stays exact; ``None`` if it can be compressed and is wanted."""
         reason = _why_exact(name, module, self._model, self._owners, self._config)
         if reason is None and name not in self.targeted:
             reason = NOT_TARGETED
-        if reason is None and module is self._head:
+        if reason is None and any(module is head for head in self._heads):
             reason = "output head of the model (name it in targets to compress it)"
         if reason is None and self._all_linear:
             try:
@@ -75,6 +77,8 @@ def select(model: nn.Module, config: VeloraConfig) -> Selection:
         ValueError: a target matches nothing (with near misses), or nothing can be compressed.
     """
     selector = Selector(model, config)
+    if selector.unmatched:
+        raise ValueError(_no_match(selector.unmatched[0], model))
     chosen: list[Chosen] = []
     exact: dict[str, str] = {}
     for name, module in selector.holders.items():
@@ -88,23 +92,25 @@ def select(model: nn.Module, config: VeloraConfig) -> Selection:
     return Selection(chosen, exact)
 
 
-def _targeted(model: nn.Module, holders: dict[str, nn.Module], config: VeloraConfig) -> set[str]:
+def _targeted(holders: dict[str, nn.Module], config: VeloraConfig) -> tuple[set[str], list[str]]:
+    """Names of the layers that targets ask for, and the targets that match no layer."""
     targets = config.targets
     if targets == "all-linear":
-        return set(holders)
+        return set(holders), []
     if callable(targets):
-        return {name for name, module in holders.items() if targets(name, module)}
+        return {name for name, module in holders.items() if targets(name, module)}, []
     if isinstance(targets, str):
         matches: list[tuple[str, Callable[[str], bool]]] = [(targets, _regular(targets))]
     else:
         matches = [(part, _component(part)) for part in targets]
     found: set[str] = set()
+    unmatched = []
     for text, match in matches:
         names = {name for name in holders if match(name)}
         if not names:
-            raise ValueError(_no_match(text, model))
+            unmatched.append(text)
         found |= names
-    return found
+    return found, unmatched
 
 
 def _regular(pattern: str) -> Callable[[str], bool]:
@@ -116,10 +122,14 @@ def _component(part: str) -> Callable[[str], bool]:
 
 
 def _no_match(target: str, model: nn.Module) -> str:
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if uncompressible(m) is None}
-    names = {name for name, _ in model.named_modules() if name}
-    near = difflib.get_close_matches(target, sorted(linear), n=3, cutoff=0.5)
-    near += difflib.get_close_matches(target, sorted(names), n=3, cutoff=0.7)
+    full = {name for name, module in model.named_modules() if uncompressible(module) is None}
+    linear = {name.rsplit(".", 1)[-1] for name in full}
+    # "attn.v_prj" is near "attn.v_proj", though far from "model.layers.0.attn.v_proj".
+    word = re.sub(r"^\W+", "", target)  # ".*v_prj" as "v_prj"
+    depth = word.count(".") + 1
+    endings = {".".join(name.split(".")[-depth:]) for name in full}
+    near = difflib.get_close_matches(word, sorted(endings), n=3, cutoff=0.6)
+    near += difflib.get_close_matches(word, sorted(linear), n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
     known = ", ".join(sorted(linear)[:12]) or "none"
     return f"target {target!r} matches no layer{hint}. Linear layers of this model: {known}"
@@ -129,7 +139,10 @@ def _nothing(config: VeloraConfig, targeted: set[str], exact: dict[str, str]) ->
     reasons = [
         f"{name or '(the model itself)'}: {exact[name]}" for name in exact if name in targeted
     ]
-    shown = "\n  ".join(reasons[:8]) or "the model has no layer with parameters"
+    none = "the model has no layer with parameters"
+    if exact:
+        none = f"it asks for none of the {len(exact)} layers with parameters"
+    shown = "\n  ".join(reasons[:8]) or none
     more = f"\n  and {len(reasons) - 8} more" if len(reasons) > 8 else ""
     return f"targets={config.targets!r} leaves nothing to compress:\n  {shown}{more}"
 
@@ -143,15 +156,18 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    if find is None:
-        return None
-    try:
-        head: nn.Module | None = find()
-    except (AttributeError, NotImplementedError):  # transformers models without a head
-        return None
-    return head
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """Output heads of the transformers models in ``model``, which may be wrapped in a module."""
+    heads = []
+    for module in model.modules():
+        find = getattr(module, "get_output_embeddings", None)
+        if find is None:
+            continue
+        try:
+            heads.append(find())
+        except (AttributeError, NotImplementedError):  # transformers models without a head
+            continue
+    return heads
 
 
 def _why_exact(
@@ -164,7 +180,9 @@ def _why_exact(
     parameters = list(module.parameters(recurse=False))
     if not any(parameter.requires_grad for parameter in parameters):
         return "frozen: keeps no input"
-    if any(parameter.dim() > 2 for parameter in parameters) and not _is_convolution(module):
+    if any(is_lazy(parameter) for parameter in parameters):
+        return "not initialised yet: run one batch through the model before compressing it"
+    if _is_fused(module, parameters):
         return "fused weight of more than two dimensions"
     reason = uncompressible(module)
     if reason is not None:
@@ -191,5 +209,11 @@ def _names(config: VeloraConfig, part: str) -> bool:
     return any(part in text for text in ([targets] if isinstance(targets, str) else targets))
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+def _is_fused(module: nn.Module, parameters: list[nn.Parameter]) -> bool:
+    """Whether a module holds several matrices in one weight, as mixtures of experts do.
+
+    A class token or position embedding of shape (1, N, D) is one matrix.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return any(p.dim() > 2 and p.shape[0] > 1 for p in parameters)

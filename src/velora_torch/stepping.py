@@ -19,10 +19,16 @@ from torch.optim.optimizer import (
 )
 
 from velora_torch.layers.base import LIVE, CompressedLayer
-from velora_torch.optimizers import Rule, check_group, rule_for, turn_moments
+from velora_torch.optimizers import Group, Rule, check_group, rule_for, settings, turn_moments
+
+Trained = list[tuple[CompressedLayer, Group]]
 
 _RETIRED: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
 """Coefficients of restored layers: an optimizer that still holds one trains nothing."""
+
+_AWAITED: weakref.WeakSet[CompressedLayer] = weakref.WeakSet()
+"""Layers of a step that has begun. A ``step`` that calls ``super().step()`` runs the hooks twice:
+the first to end handles the layers, and a weight must not decay twice."""
 
 
 @functools.cache
@@ -37,7 +43,7 @@ def retire(coef: nn.Parameter) -> None:
     _RETIRED[id(coef)] = coef
 
 
-def _trained(optimizer: Optimizer) -> list[tuple[CompressedLayer, dict[str, Any]]]:
+def _trained(optimizer: Optimizer) -> Trained:
     """Compressed layers whose coefficients (or dense-gradient weight) the optimizer holds."""
     layers = {}
     for layer in LIVE:
@@ -51,38 +57,80 @@ def _trained(optimizer: Optimizer) -> list[tuple[CompressedLayer, dict[str, Any]
     ]
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not LIVE and not _RETIRED:
+        return None
     trained = _trained(optimizer)
     _check_holdings(optimizer, {id(layer) for layer, _ in trained})
     factored = [(layer, group) for layer, group in trained if layer._parameters["coef"] is not None]
+    if factored:
+        rule = rule_for(optimizer)
+        for layer, group in factored:
+            check_group(rule, optimizer, settings(optimizer, layer.coef, group))
+        for layer, _ in factored:
+            _check_direction(layer, rule)
+    _AWAITED.update(layer for layer, _ in trained)
     if not factored:
-        return
-    rule = rule_for(optimizer)
-    for group in {id(group): group for _, group in factored}.values():
-        check_group(rule, optimizer, group)
+        return None
+    if len(args) > 1 and callable(args[1]):
+        closure = _then_prepare(args[1], rule, optimizer, factored)
+        return (args[0], closure, *args[2:]), kwargs
+    if callable(kwargs.get("closure")):
+        closure = _then_prepare(kwargs["closure"], rule, optimizer, factored)
+        return args, {**kwargs, "closure": closure}
+    _prepare(rule, optimizer, factored)
+    return None
+
+
+def _then_prepare(closure: Any, rule: Rule, optimizer: Optimizer, factored: Trained) -> Any:
+    """The closure, which makes the gradients (and may draw vectors), and then what follows it."""
+
+    @functools.wraps(closure)
+    def closure_and_prepare(*args: Any, **kwargs: Any) -> Any:
+        loss = closure(*args, **kwargs)
+        _prepare(rule, optimizer, factored)
+        return loss
+
+    return closure_and_prepare
+
+
+def _prepare(rule: Rule, optimizer: Optimizer, factored: Trained) -> None:
+    """Bring first moments to the vectors that the gradients were made with."""
     _check_first_draws([layer for layer, _ in factored])
     for layer, _ in factored:
-        _check_direction(layer, rule)
         if layer.velora_turn is not None and layer.coef.grad is not None:
             assert layer.velora_sign_turn is not None
             turn_moments(rule, optimizer, layer.coef, layer.velora_turn, layer.velora_sign_turn)
             layer.velora_turn = layer.velora_sign_turn = None
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for layer, group in _trained(optimizer):
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    trained = [(layer, group) for layer, group in _trained(optimizer) if layer in _AWAITED]
+    if not trained:
+        return
+    _AWAITED.difference_update([layer for layer, _ in trained])
+    if _skipped(optimizer):
+        return
+    rule = None
+    for layer, group in trained:
         coef = layer._parameters["coef"]
         if coef is None:
             if layer.raw_weight.grad is not None:
                 layer.after_step("v")
         elif coef.grad is not None or coef._version != layer._seen:
-            rule = rule_for(optimizer)
-            layer.after_step(rule.direction, rule.decay(group, optimizer))
+            rule = rule or rule_for(optimizer)
+            layer.after_step(rule.direction, rule.decay(settings(optimizer, coef, group)))
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused step under GradScaler did nothing: one look at the device."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.any())
 
 
 def _check_holdings(optimizer: Optimizer, trained: set[int]) -> None:
-    if not LIVE and not _RETIRED:
-        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(key in held for key in list(_RETIRED)):
         raise ValueError(

@@ -100,7 +100,7 @@ class CompressedLayer(nn.Module):
             self.register_parameter("coef", None)
         if config.init == "random":
             self.draw(None)
-        self._seen = self._version_now()
+        self._note_seen()
         LIVE.add(self)
 
     def stop(self) -> None:
@@ -112,7 +112,7 @@ class CompressedLayer(nn.Module):
             del self._buffers[f"velora_{tensor}"]
             self._non_persistent_buffers_set.discard(f"velora_{tensor}")
         LIVE.discard(self)
-        for attribute in ("velora", "_unchecked", "_seen"):
+        for attribute in ("velora", "_unchecked", "_seen", "_own"):
             del self.__dict__[attribute]
 
     # ------------------------------------------------------------------ shapes and the weight
@@ -147,16 +147,16 @@ class CompressedLayer(nn.Module):
         Where autograd is on, an alias that trains the coefficients, so that code that uses the
         weight outside the layer's forward is never silently untrained.
         """
-        self.settle()
-        if self.velora.pending and self.velora.config.fold_every is not None:
-            self.fold()
-        weight = self.merged_weight() if self.velora.pending else self.raw_weight
+        if not (self._substituted() or torch.compiler.is_compiling()):
+            self.settle()
+            if self.velora.pending and self.velora.config.fold_every is not None:
+                self.fold()
+        pending = self.velora.pending or self._substituted()
+        weight = self.merged_weight() if pending else self.raw_weight
         coef = self._parameters["coef"]
         if coef is None or not (torch.is_grad_enabled() and coef.requires_grad):
             return weight
-        return ExposedWeight.apply(
-            weight, coef, self.velora_vectors, self.velora.config.scale, self.transposed
-        )
+        return ExposedWeight.apply(weight, coef, self, self.velora.config.scale, self.transposed)
 
     @property
     def direction_GM(self) -> Tensor:
@@ -168,19 +168,24 @@ class CompressedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = x Wᵀ + b``, keeping z = x v (T x G) for the backward pass instead of x."""
-        if not torch.compiler.is_compiling():
-            self.settle()
         state, coef, weight = self.velora, self._parameters["coef"], self.raw_weight
+        substituted = self._substituted()
+        functional = substituted or _in_transform()
+        if functional:
+            self._check_functional()
+        if not (substituted or torch.compiler.is_compiling()):
+            self.settle()
         bias = self._parameters["bias"]
-        e = self.direction_GM if state.pending else None
         trained = weight if coef is None else coef
-        if not (torch.is_grad_enabled() and trained.requires_grad):
+        trains = torch.is_grad_enabled() and trained.requires_grad
+        if trains and state.due and self.training and x.numel() > 0 and not functional:
+            self.draw(x)
+        e = self.direction_GM if state.pending or substituted else None
+        if not trains:
             y = apply_linear(x, weight, bias, self.transposed)
             if e is None or coef is None:
                 return y
             return y + F.linear(project(x, e), coef.to(x.dtype)).view(y.shape).to(y.dtype)
-        if state.due and self.training and x.numel() > 0:
-            self.draw(x)
         z = None
         if state.drawn or x.numel() == 0:
             z = project(x.detach(), self.velora_vectors).to(_compute_dtype(x))
@@ -256,10 +261,38 @@ class CompressedLayer(nn.Module):
         coef = self._parameters["coef"]
         return -1 if coef is None else coef._version
 
+    def _note_seen(self) -> None:
+        coef = self._parameters["coef"]
+        self._own, self._seen = id(coef), self._version_now()
+
+    def _substituted(self) -> bool:
+        """Whether ``coef`` is for now another tensor, as in ``torch.func.functional_call``."""
+        return not torch.compiler.is_compiling() and id(self._parameters["coef"]) != self._own
+
+    def _check_functional(self) -> None:
+        if not self.velora.drawn:
+            raise RuntimeError(
+                f"VeLoRA: layer {self.velora.name!r} was called through torch.func before it has "
+                f"vectors, and a functional call cannot choose them. Run one training forward of "
+                f"the model first."
+            )
+        weight, factored = self.raw_weight, self._parameters["coef"] is not None
+        if factored and weight.requires_grad and not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                f"VeLoRA: the weight of layer {self.velora.name!r} is frozen and trained by its "
+                f"coefficients, so a functional gradient in it would be missing. Differentiate "
+                f"only parameters with requires_grad."
+            )
+
     def settle(self) -> None:
         """Notice coefficients that changed without a watched optimizer step; fold if due."""
-        if self._version_now() != self._seen:
-            self.after_step(self.velora.direction)
+        if self._version_now() == self._seen and not self._substituted():
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            changed = bool(self.coef.any())  # not if zeros were written, as by a broadcast
+            self._note_seen()
+            if changed:
+                self.after_step(self.velora.direction)
 
     def after_step(self, direction: str, decay: float | Tensor = 1.0) -> None:
         """An optimizer has changed ``coef``: fold it, or keep it pending.
@@ -270,20 +303,22 @@ class CompressedLayer(nn.Module):
         """
         state, config = self.velora, self.velora.config
         state.steps += 1
+        refresh = config.refresh_every is not None and state.steps % config.refresh_every == 0
+        redraw = refresh or config.init in ("running_average", "batch_average")
         if self._parameters["coef"] is not None:
             state.direction = direction
             state.pending = True
-            if config.fold_every is not None and state.steps % config.fold_every == 0:
+            every = config.fold_every
+            # New vectors may only be drawn after a fold.
+            if every is not None and (state.steps % every == 0 or redraw or state.due):
                 self.fold(decay)
             else:
                 self._decay(decay)
-                self._seen = self._version_now()
-        refresh = config.refresh_every is not None and state.steps % config.refresh_every == 0
-        if refresh or config.init in ("running_average", "batch_average"):
-            if config.init == "random":
-                self.draw(None)
-            else:
-                state.due = True
+                self._note_seen()
+        if redraw and config.init == "random":
+            self.draw(None)
+        elif redraw:
+            state.due = True
 
     @torch.no_grad()
     def fold(self, decay: float | Tensor = 1.0) -> None:
@@ -307,7 +342,7 @@ class CompressedLayer(nn.Module):
             self.velora_delta.add_(coef.detach())
         coef.zero_()
         state.pending = False
-        self._seen = self._version_now()
+        self._note_seen()
 
     @torch.no_grad()
     def _decay(self, decay: float | Tensor) -> None:
@@ -343,7 +378,7 @@ class CompressedLayer(nn.Module):
             after_coef.data = kept_coef.to(after_coef.device, wide)
             if after_coef.grad is not None:
                 after_coef.grad = after_coef.grad.to(wide)
-        self._seen = self._version_now()
+        self._note_seen()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -383,18 +418,18 @@ class CompressedLayer(nn.Module):
             with torch.no_grad():
                 coef.zero_()
             self.velora.pending = False
-            self._seen = self._version_now()
+            self._note_seen()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class, since the compressed class is made at run time."""
         self.settle()
-        state = {k: v for k, v in self.__dict__.items() if k != "_seen"}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_own")}
         return _blank, (self.plain_class,), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state["velora"] = copy.copy(state["velora"])
         super().__setstate__(state)
-        self._seen = self._version_now()
+        self._note_seen()
         LIVE.add(self)
 
     def extra_repr(self) -> str:
@@ -405,14 +440,23 @@ class CompressedLayer(nn.Module):
 
 def _blank(original: type[nn.Module]) -> CompressedLayer:
     from velora_torch.layers import compressed_class
+    from velora_torch.stepping import watch
 
+    watch()  # this may be a new process
     kind = compressed_class(original)
     return kind.__new__(kind)
+
+
+def _in_transform() -> bool:
+    """Whether a ``torch.func`` transform is running: tensors may not outlive it."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The type in which a linear layer computes for x, autocast included."""
     device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return x.dtype
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

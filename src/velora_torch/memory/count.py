@@ -54,8 +54,9 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     storages = _Storages([*model.parameters(), *model.buffers()])
 
     def pack(tensor: Tensor) -> Tensor:
-        storages.add(tensor.detach())
-        return tensor
+        alias = tensor.detach()  # returning the tensor itself would make a cycle with its graph
+        storages.add(alias)
+        return alias
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: storages.nbytes
@@ -75,6 +76,7 @@ def measure_step(
     with saved_bytes(model) as count:
         value = loss()
     saved = count()
+    del count  # lets the backward pass free what was saved
     value.backward()
     gradients = _nbytes(p.grad for p in model.parameters() if p.grad is not None)
     if optimizer is not None:

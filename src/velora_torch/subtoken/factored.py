@@ -11,11 +11,11 @@ A weight is stored (O, D) as in ``nn.Linear``, or ``transposed`` (D, O) as in GP
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function
 from torch.nn import functional as F
 
 
@@ -58,10 +58,15 @@ def expand(coef_OG: Tensor, e_GM: Tensor, features: int) -> Tensor:
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The plain layer's own arithmetic, so that outputs are bitwise what they were."""
-    if not transposed:
+    scattered = x.dim() > 2 and not x.is_contiguous()
+    if not (transposed or scattered):
         return F.linear(x, weight, bias)
-    shape = (*x.shape[:-1], weight.shape[1])
+    shape = (*x.shape[:-1], weight.shape[1 if transposed else 0])
     flat = x.reshape(-1, x.shape[-1])
+    if not transposed:
+        # What F.linear does for a weight that needs a gradient; for a frozen one it batches.
+        y = (flat @ weight.t()).view(shape)
+        return y if bias is None else y + bias.to(y.dtype)
     y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
     return y.view(shape)
 
@@ -90,17 +95,18 @@ class FactoredLinear(Function):
     ) -> Tensor:
         """Compute y. ``v`` is given for a dense gradient, ``e`` while coefficients are pending."""
         y = apply_linear(x, weight, bias, transposed)
-        if e is None:
-            return y
-        assert coef is not None
-        pending = F.linear(project(x, e), coef.to(x.dtype))
-        return y + pending.view(y.shape).to(y.dtype)
+        if e is not None:
+            assert coef is not None
+            pending = F.linear(project(x, e), coef.to(x.dtype))
+            y = y + pending.view(y.shape).to(y.dtype)
+        # Not a view for autograd, which forbids in-place operators on views made in a Function.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what the backward pass needs: never x."""
         x, weight, _bias, coef, z, v, e, scale, transposed, name = inputs
-        ctx.save_for_backward(z, weight, coef if e is not None else None, v, e)
+        ctx.save_for_backward(z, weight, coef, v, e)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if _bias is None else _bias.dtype
         ctx.coef_dtype = None if coef is None else coef.dtype
@@ -113,7 +119,11 @@ class FactoredLinear(Function):
         with torch.no_grad():
             grads = _gradients(ctx, grad_output)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(g if g is None else _forbid_double_backward(g) for g in grads)
+            _z, weight, coef, _v, _e = ctx.saved_tensors
+            trained = weight if coef is None else coef
+            grads = tuple(
+                g if g is None else _NoDoubleBackward.apply(g, grad_output, trained) for g in grads
+            )
         return (*grads, None, None, None, None, None, None)
 
 
@@ -153,6 +163,12 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return dX, dW, db, dC
 
 
+class HasVectors(Protocol):
+    """A layer, as far as :class:`ExposedWeight` knows it."""
+
+    velora_vectors: Tensor
+
+
 class ExposedWeight(Function):
     """The weight as code outside the layer's forward sees it: an alias that autograd can follow.
 
@@ -161,21 +177,26 @@ class ExposedWeight(Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, coef: Tensor, v: Tensor, scale: float, transposed: bool) -> Tensor:
+    def forward(
+        weight: Tensor, coef: Tensor, layer: HasVectors, scale: float, transposed: bool
+    ) -> Tensor:
         """Alias of the weight: no copy."""
         return weight.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the vectors alone."""
-        _weight, coef, v, scale, transposed = inputs
-        ctx.save_for_backward(v)
+        """Save nothing: the vectors are read in the backward pass.
+
+        They may be drawn after the weight was read and before its layer's first forward.
+        """
+        _weight, coef, layer, scale, transposed = inputs
+        ctx.layer = layer
         ctx.coef_dtype, ctx.scale, ctx.transposed = coef.dtype, scale, transposed
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The factor of the exact gradient."""
-        (v,) = ctx.saved_tensors
+        v = ctx.layer.velora_vectors
         (dW,) = grad_outputs
         if ctx.transposed:
             dW = dW.t()
@@ -183,22 +204,25 @@ class ExposedWeight(Function):
 
 
 class _NoDoubleBackward(Function):
-    """Identity whose own backward is an error: the factor is not differentiable in x."""
+    """Identity whose own backward is an error: the factor is not differentiable in x.
+
+    The other two inputs tie the error to all that the gradient depends on.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def forward(gradient: Tensor, grad_output: Tensor, trained: Tensor) -> Tensor:
         """Pass through."""
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         """Refuse."""
         raise RuntimeError(
             "VeLoRA: double backward through a compressed layer. The input was not kept, so second "
             "derivatives would be wrong. Call velora_torch.restore(model) first, or leave the "
             "layers that need second derivatives out of `targets`."
         )
-
-
-def _forbid_double_backward(gradient: Tensor) -> Tensor:
-    return _NoDoubleBackward.apply(gradient.detach().requires_grad_())

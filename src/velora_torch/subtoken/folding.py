@@ -5,6 +5,8 @@ Shapes: O output features, D input features, G groups, M features per sub-token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,14 +80,23 @@ class _Noise:
 
 
 def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> None:
-    """Round float32 to values that ``dtype`` holds exactly, up or down with unbiased odds."""
-    if dtype == torch.bfloat16 and wide.dtype == torch.float32:
-        # bfloat16 is the upper half of float32: add noise below the cut, then cut.
+    """Round float32 to values that ``dtype`` holds exactly, up or down with unbiased odds.
+
+    Values that ``dtype`` holds, infinities and NaN stay what they are.
+    """
+    if dtype == torch.bfloat16:
+        # bfloat16 is the upper half of float32: add noise below the cut, then cut. One pattern
+        # for all NaN first, since the sum would carry out of the largest (CUDA's: 0x7fffffff).
+        wide.nan_to_num_(float("nan"), float("inf"), float("-inf"))
         wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
         return
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(wide)  # |wide| in [2^(exponent - 1), 2^exponent)
-    smallest = int(torch.frexp(torch.tensor(info.tiny)).exponent)
-    exponent = torch.where(wide == 0, smallest, exponent)
-    step = torch.ldexp(torch.tensor(info.eps / 2, device=wide.device), exponent.clamp(min=smallest))
-    wide.add_((noise.to(wide.dtype) / (1 << 16) - 0.5 + 2.0**-17) * step)
+    smallest = math.frexp(info.tiny)[1]
+    finite = torch.isfinite(wide)
+    exponent = torch.where(finite & (wide != 0), exponent, smallest).clamp_(min=smallest)
+    step = torch.ldexp(torch.full_like(wide, info.eps / 2), exponent)
+    steps = wide / step  # exact: a power of two
+    below = steps.floor()
+    up = (steps - below) * (1 << 16) > noise + 0.5
+    wide.copy_(torch.where(finite, (below + up) * step, wide))

@@ -31,7 +31,7 @@ def compress(x_TD: Tensor, v_GM: Tensor) -> Tensor:
 def reconstruct(z_TG: Tensor, v_GM: Tensor, features: int) -> Tensor:
     """Equation 2: x_hat[t, g, m] = z[t, g] * v[g, m]. Returns (T, D)."""
     x_TGM = z_TG[:, :, None] * v_GM
-    return x_TGM.reshape(z_TG.shape[0], -1)[:, :features]
+    return x_TGM.reshape(z_TG.shape[0], v_GM.numel())[:, :features]
 
 
 def linear_gradients(

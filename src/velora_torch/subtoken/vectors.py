@@ -36,7 +36,8 @@ def normalise(raw_GM: Tensor, mask_GM: Tensor, otherwise_GM: Tensor) -> tuple[Te
     """Unit rows of ``raw``; rows that have no direction are taken from ``otherwise``.
 
     Returns:
-        The vectors (G, M), and a 0-d boolean: whether every row with a feature had a direction.
+        The vectors (G, M), and a 0-d boolean: whether any row had a direction. (A group whose
+        features are always zero has none in any batch, and needs none.)
     """
     raw_GM = raw_GM.to(otherwise_GM.dtype) * mask_GM
     # Divide by the largest entry first: the norm of tiny or huge rows must not under- or overflow.
@@ -45,8 +46,7 @@ def normalise(raw_GM: Tensor, mask_GM: Tensor, otherwise_GM: Tensor) -> tuple[Te
     rows = raw_GM / torch.where(good, largest, 1.0)
     norm = rows.square().sum(dim=1, keepdim=True).sqrt()
     vectors = torch.where(good, rows / torch.where(good, norm, 1.0), otherwise_GM)
-    empty = ~mask_GM.any(dim=1, keepdim=True)
-    return vectors, (good | empty).all()
+    return vectors, good.any()
 
 
 def mean_sub_token(x_TD: Tensor, groups: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -73,9 +73,10 @@ def singular(x_TD: Tensor, groups: int, size: int, per_group: bool, dtype: torch
     tokens_GTM = tokens_TGM.transpose(0, 1)
     if not per_group:
         tokens_GTM = tokens_GTM.reshape(1, -1, size)
+    # Scaled, so that no square under- or overflows.
+    largest = tokens_GTM.abs().amax(dim=(1, 2), keepdim=True)
+    tokens_GTM = tokens_GTM / torch.where(largest > 0, largest, 1.0)
     gram = tokens_GTM.transpose(1, 2) @ tokens_GTM
-    # Scaled, since eigh on a matrix of very small numbers loses its direction.
-    gram = gram / gram.diagonal(dim1=1, dim2=2).amax(dim=1).clamp(min=1e-30)[:, None, None]
     vectors = torch.linalg.eigh(gram).eigenvectors[:, :, -1]
     sign = torch.where((vectors * tokens_GTM.mean(dim=1)).sum(1, keepdim=True) < 0, -1.0, 1.0)
     has_rows = (tokens_GTM != 0).any(dim=2).any(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """From a recipe and a tokenizer to the data sets that the trainer gets.
 
-Instruction data and plain text come out tokenised, with labels. Conversations stay messages,
-since TRL's `SFTTrainer` applies the chat template to them.
+Instruction data and plain text come out tokenised, with labels. Conversations come out in a
+form that TRL's `SFTTrainer` takes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from velora_torch.training.answer_spans import Messages, chat_length, has_one_answer, learn_answers
 from velora_torch.training.assets import check_hub_model, check_model, normal_form
 from velora_torch.training.packing import IGNORED, Tokens, pack_text, pack_whole
 from velora_torch.training.recipe import Recipe, RecipeError
 from velora_torch.training.rows import (
     Format,
+    Part,
     columns_of,
     conversations_of,
     examples_of,
@@ -46,8 +48,8 @@ class PreparedData:
 
     format: Format
     train: Any
-    """A `datasets.Dataset`: input_ids and labels (position_ids too when packed), or for chat
-    data either prompt and completion, or messages."""
+    """A `datasets.Dataset`: input_ids and labels (position_ids too when packed). For chat data,
+    what `SFTTrainer` takes: prompt and completion, input_ids and labels, or messages."""
     eval: Any | None
     """The held-out examples in the same form, if there are any."""
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
@@ -57,7 +59,7 @@ class PreparedData:
     choices: dict[str, list[int]] | None = None
     """All answers with their tokens, when they form a small closed set to choose from."""
     assistant_only_loss: bool = False
-    """For `SFTConfig`: conversations of several turns, of which only the answers are learnt."""
+    """For `SFTConfig`: only marks in the chat template can tell the answers from the rest."""
     stats: dict[str, Any] = field(default_factory=dict)
     """Counts of examples and tokens, for the report."""
 
@@ -101,25 +103,26 @@ def prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     check_context(recipe, limit if limit < 10**9 else None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    train, held_out = _load(data)
-    columns = columns_of(train, data.columns, data.train)
-    kind = format_of(data, columns, train, data.train)
-    if held_out:
-        source = data.eval or data.train
-        held_columns = columns_of(held_out, data.columns, source)
-        format_of(data.model_copy(update={"format": kind}), held_columns, held_out, source)
+    train_rows, held_rows = _load(data)
+    train = _part(train_rows, data, data.train)
+    kind = format_of(data, train.columns, train.rows, data.train)
+    if held_rows:
+        held_out = _part(held_rows, data, data.eval or data.train)
+        same_kind = data.model_copy(update={"format": kind})
+        format_of(same_kind, held_out.columns, held_out.rows, held_out.source)
     else:
-        held_out, held_columns = _split(train, columns, data), columns
+        train, held_out = _split(train, data)
     train = _some(train, data.max_train, data.seed)
     held_out = _some(held_out, data.max_eval, data.seed)
 
     builders = {"instruction": _instructions, "chat": _chats, "text": _texts}
-    prepared = builders[kind](recipe, tokenizer, (train, columns), (held_out, held_columns))
+    prepared = builders[kind](recipe, tokenizer, train, held_out)
     prepared.stats = {"format": kind, "source": data.train, **prepared.stats}
     return prepared
 
 
-Part = tuple[Rows, dict[str, str]]
+def _part(rows: Rows, data: DataSection, source: str) -> Part:
+    return Part(source, columns_of(rows, data.columns, source), rows, list(range(len(rows))))
 
 
 def _load(data: DataSection) -> tuple[Rows, Rows]:
@@ -139,14 +142,16 @@ def _load(data: DataSection) -> tuple[Rows, Rows]:
     return train, held_out
 
 
-def _split(train: Rows, columns: dict[str, str], data: DataSection) -> Rows:
-    """Take a share of the rows out of `train`; rows with equal prompts stay on one side."""
-    wanted = round(data.eval_fraction * len(train))
-    if data.eval_fraction and len(train) > 1:
+def _split(part: Part, data: DataSection) -> tuple[Part, Part]:
+    """Hold out a share of the rows; rows with equal prompts stay on one side."""
+    total = len(part.rows)
+    wanted = round(data.eval_fraction * total)
+    if data.eval_fraction and total > 1:
         wanted = max(wanted, 1)
+    columns = part.columns
     names = [columns[n] for n in ("instruction", "input") if n in columns] or list(columns.values())
     groups: dict[str, list[int]] = {}
-    for index, row in enumerate(train):
+    for index, row in enumerate(part.rows):
         key = "\n".join(normal_form(str(row.get(name, ""))) for name in names)
         groups.setdefault(key, []).append(index)
     keys = list(groups)
@@ -155,27 +160,26 @@ def _split(train: Rows, columns: dict[str, str], data: DataSection) -> Rows:
     for key in keys:
         if len(held) >= wanted:
             break
-        if len(held) + len(groups[key]) < len(train):
+        if len(held) + len(groups[key]) < total:
             held.update(groups[key])
-    out = [train[i] for i in sorted(held)]
-    train[:] = [row for i, row in enumerate(train) if i not in held]
-    return out
+    return part.select([i for i in range(total) if i not in held]), part.select(sorted(held))
 
 
-def _some(rows: Rows, limit: int | None, seed: int) -> Rows:
-    if limit is None or limit >= len(rows):
-        return rows
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return [rows[i] for i in chosen]
+def _some(part: Part, limit: int | None, seed: int) -> Part:
+    total = len(part.rows)
+    if limit is None or limit >= total:
+        return part
+    return part.select(sorted(random.Random(seed).sample(range(total), limit)))
 
 
-def _fit(lengths: list[int], recipe: Recipe, source: str) -> list[int]:
+def _fit(lengths: list[int], recipe: Recipe, part: Part) -> list[int]:
     """Return which examples to keep under the recipe's policy on long ones."""
     data = recipe.data
     long = [i for i, n in enumerate(lengths) if n > data.max_length]
     if long and data.too_long == "error":
+        first = f"example {part.places[long[0]]} has {lengths[long[0]]} tokens"
         raise DataError(
-            f"{source}: example {long[0]} has {lengths[long[0]]} tokens, more than "
+            f"{part.source}: {first}, more than "
             f"data.max_length = {data.max_length} ({len(long)} such of {len(lengths)}, the longest "
             f"{max(lengths)}); raise data.max_length, or set data.too_long to truncate or skip"
         )
@@ -183,7 +187,7 @@ def _fit(lengths: list[int], recipe: Recipe, source: str) -> list[int]:
         kept = [i for i, n in enumerate(lengths) if n <= data.max_length]
         if lengths and not kept:
             raise DataError(
-                f"{source}: every example is longer than data.max_length = {data.max_length}"
+                f"{part.source}: every example is longer than data.max_length = {data.max_length}"
             )
         return kept
     return list(range(len(lengths)))
@@ -214,14 +218,14 @@ def _instructions(recipe: Recipe, tokenizer: Any, train: Part, held_out: Part) -
     except TemplateError as error:
         raise DataError(str(error)) from None
 
-    def encode(part: Part, source: str) -> tuple[list[PromptAnswer], int]:
-        encoded = template.encode(examples_of(*part, source))
+    def encode(part: Part) -> tuple[list[PromptAnswer], int]:
+        encoded = template.encode(examples_of(part))
         lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in encoded]
-        kept = [_shorten(encoded[i], data.max_length) for i in _fit(lengths, recipe, source)]
+        kept = [_shorten(encoded[i], data.max_length) for i in _fit(lengths, recipe, part)]
         return kept, len(encoded) - len(kept)
 
-    learnt, skipped = encode(train, data.train)
-    held, _ = encode(held_out, data.eval or data.train)
+    learnt, skipped = encode(train)
+    held, _ = encode(held_out)
     answers = sorted({e.answer for e in learnt} | {e.answer for e in held})
     choices = None
     if held and _is_choice(recipe, answers, len(learnt)):
@@ -247,21 +251,21 @@ def _is_choice(recipe: Recipe, answers: list[str], examples: int) -> bool:
 def _texts(recipe: Recipe, tokenizer: Any, train: Part, held_out: Part) -> PreparedData:
     data, eos = recipe.data, tokenizer.eos_token_id
 
-    def encode(part: Part, source: str) -> tuple[list[Tokens], int]:
-        texts = texts_of(*part, source)
+    def encode(part: Part) -> tuple[list[Tokens], int]:
+        texts = texts_of(part)
         encoded = tokenizer(texts)["input_ids"] if texts else []
         if eos is not None:
             encoded = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in encoded]
         if data.packing:  # a long text goes on in the next row
             return [Tokens(ids, ids) for ids in encoded], 0
-        keep = _fit([len(ids) for ids in encoded], recipe, source)
+        keep = _fit([len(ids) for ids in encoded], recipe, part)
         short = [encoded[i][: data.max_length] for i in keep]
         return [Tokens(ids, ids) for ids in short], len(encoded) - len(short)
 
     if recipe.evaluate.metric == "choice":
         raise DataError("evaluate.metric 'choice' needs instruction data; these are plain text")
-    learnt, skipped = encode(train, data.train)
-    held, _ = encode(held_out, data.eval or data.train)
+    learnt, skipped = encode(train)
+    held, _ = encode(held_out)
     prepared = _tokenised(recipe, tokenizer, learnt, held, pack_text)
     prepared.format = "text"
     prepared.stats["skipped"] = skipped
@@ -301,8 +305,6 @@ def _unpacked(sequences: Iterable[Tokens]) -> Iterable[dict[str, list[int]]]:
 
 
 def _chats(recipe: Recipe, tokenizer: Any, train: Part, held_out: Part) -> PreparedData:
-    from datasets import Dataset
-
     data = recipe.data
     if not tokenizer.chat_template:
         raise DataError(
@@ -312,42 +314,45 @@ def _chats(recipe: Recipe, tokenizer: Any, train: Part, held_out: Part) -> Prepa
     if recipe.evaluate.metric == "choice":
         raise DataError("evaluate.metric 'choice' needs instruction data; these are conversations")
 
-    def read(part: Part, source: str) -> tuple[list[list[dict[str, str]]], list[int]]:
-        chats = conversations_of(*part, source, data.system)
-        lengths = [_chat_length(tokenizer, messages) for messages in chats]
-        keep = _fit(lengths, recipe, source)
+    def read(part: Part) -> tuple[list[Messages], list[int]]:
+        chats = conversations_of(part, data.system)
+        lengths = [chat_length(tokenizer, messages) for messages in chats]
+        keep = _fit(lengths, recipe, part)
         return [chats[i] for i in keep], [lengths[i] for i in keep]
 
-    learnt, lengths = read(train, data.train)
-    held, _ = read(held_out, data.eval or data.train)
-    # One answer at the end is a prompt with a completion, which every chat template allows.
-    single = data.answers_only and all(
-        [m["role"] for m in chat].index("assistant") == len(chat) - 1 for chat in learnt + held
-    )
-
-    def dataset(chats: list[list[dict[str, str]]]) -> Any:
-        if single:
-            return Dataset.from_list([{"prompt": c[:-1], "completion": c[-1:]} for c in chats])
-        return Dataset.from_list([{"messages": c} for c in chats])
-
+    learnt, lengths = read(train)
+    held, _ = read(held_out)
+    dataset, marks_needed = _chat_dataset(learnt + held, tokenizer, data.answers_only)
     stats = {
         "train_examples": len(learnt),
         "eval_examples": len(held),
         "train_tokens": sum(lengths),
         "longest": max(lengths),
         "mean_length": sum(lengths) / len(lengths),
-        "skipped": len(train[0]) - len(learnt),
+        "skipped": len(train.rows) - len(learnt),
     }
     return PreparedData(
         "chat",
-        dataset(learnt),
-        dataset(held) if held else None,
+        dataset.select(range(len(learnt))),
+        dataset.select(range(len(learnt), len(dataset))) if held else None,
         collator=None,
-        assistant_only_loss=data.answers_only and not single,
+        assistant_only_loss=marks_needed,
         stats=stats,
     )
 
 
-def _chat_length(tokenizer: Any, messages: list[dict[str, str]]) -> int:
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _chat_dataset(chats: list[Messages], tokenizer: Any, answers_only: bool) -> tuple[Any, bool]:
+    """Give TRL the conversations so that it learns the right part of them.
+
+    The second result says that only a template with {% generation %} marks can tell that part.
+    """
+    from datasets import Dataset
+
+    if answers_only:
+        if all(has_one_answer(chat) for chat in chats):
+            rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
+            return Dataset.from_list(rows), False
+        labelled = [tokens for chat in chats if (tokens := learn_answers(tokenizer, chat))]
+        if len(labelled) == len(chats):
+            return Dataset.from_list(list(_unpacked(labelled))), False
+    return Dataset.from_list([{"messages": chat} for chat in chats]), answers_only

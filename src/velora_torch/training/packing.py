@@ -1,8 +1,10 @@
 """Sequences of one fixed length, filled with several examples that don't see each other.
 
 Every example's positions start at 0, and no attention mask is given: from that, transformers
-builds a mask that keeps the examples apart, for the attention of every implementation of its
-own. The first token of an example is never a target, since its predecessor is another's last.
+builds a mask that keeps the examples apart, in all of its attention implementations. It does so
+only without a cache of keys and values: the Trainer turns that off, other code must pass
+`use_cache=False`. The first token of an example is never a target, since its predecessor is
+another's last.
 """
 
 from __future__ import annotations

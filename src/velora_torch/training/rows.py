@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from velora_torch.training.schema import ColumnsSection, DataSection
@@ -26,6 +27,26 @@ NEEDED: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # as ShareGPT names them
+
+
+@dataclass
+class Part:
+    """Rows of one side of the split, with their places in the source (from 0) for errors."""
+
+    source: str
+    columns: dict[str, str]
+    rows: Rows
+    places: list[int]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield where each row comes from, and the row."""
+        for place, row in zip(self.places, self.rows, strict=True):
+            yield f"{self.source}: example {place}", row
+
+    def select(self, indices: Sequence[int]) -> Part:
+        """Return some of the rows."""
+        rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
+        return Part(self.source, self.columns, rows, places)
 
 
 def columns_of(rows: Rows, asked: ColumnsSection, source: str) -> dict[str, str]:
@@ -70,63 +91,58 @@ def format_of(data: DataSection, columns: dict[str, str], rows: Rows, source: st
     )
 
 
-def examples_of(rows: Rows, columns: dict[str, str], source: str) -> list[Example]:
+def examples_of(part: Part) -> list[Example]:
     """Read instruction examples."""
+    names = part.columns
     examples = []
-    for index, row in enumerate(rows):
-        task = _text(row, columns["instruction"], index, source)
-        answer = _text(row, columns["output"], index, source)
-        given = row.get(columns["input"]) if "input" in columns else None
-        text = "" if given is None else _text(row, columns["input"], index, source)
+    for where, row in part:
+        task = _text(row, names["instruction"], where)
+        answer = _text(row, names["output"], where)
+        given = row.get(names["input"]) if "input" in names else None
+        text = "" if given is None else _text(row, names["input"], where)
         examples.append(Example(task, text, answer))
     return examples
 
 
-def texts_of(rows: Rows, columns: dict[str, str], source: str) -> list[str]:
+def texts_of(part: Part) -> list[str]:
     """Read plain texts."""
-    return [_text(row, columns["text"], i, source) for i, row in enumerate(rows)]
+    return [_text(row, part.columns["text"], where) for where, row in part]
 
 
-def conversations_of(
-    rows: Rows, columns: dict[str, str], source: str, system: str | None
-) -> list[list[dict[str, str]]]:
+def conversations_of(part: Part, system: str | None) -> list[list[dict[str, str]]]:
     """Read conversations; `system` opens those that have no system message."""
+    column = part.columns["messages"]
     conversations = []
-    for index, row in enumerate(rows):
-        value = row.get(columns["messages"])
+    for where, row in part:
+        value = row.get(column)
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise DataError(
-                f"{source}: example {index}: {columns['messages']!r} is not a list of messages"
-            )
-        messages = [_message(item, index, source) for item in value]
+            raise DataError(f"{where}: {column!r} is not a list of messages")
+        messages = [_message(item, where) for item in value]
         if not any(m["role"] == "assistant" for m in messages):
-            raise DataError(f"{source}: example {index}: has no message of the assistant to learn")
+            raise DataError(f"{where}: has no message of the assistant to learn")
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         conversations.append(messages)
     return conversations
 
 
-def _message(item: Any, index: int, source: str) -> dict[str, str]:
+def _message(item: Any, where: str) -> dict[str, str]:
     if isinstance(item, dict):
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
         if isinstance(role, str) and isinstance(content, str):
             return {"role": ROLES.get(role, role), "content": content}
     raise DataError(
-        f"{source}: example {index}: a message must be {{role: text, content: text}}, "
-        f"not {str(item)[:60]}"
+        f"{where}: a message must be {{role: text, content: text}}, not {str(item)[:60]}"
     )
 
 
-def _text(row: dict[str, Any], column: str, index: int, source: str) -> str:
+def _text(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
-        raise DataError(
-            f"{source}: example {index} has no {column!r}; it has: {', '.join(row) or 'nothing'}"
-        )
+        raise DataError(f"{where} has no {column!r}; it has: {', '.join(row) or 'nothing'}")
     value = row[column]
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)):
         return str(value)
     kind = "nothing" if value is None else f"a {type(value).__name__}"
-    raise DataError(f"{source}: example {index}: {column!r} holds {kind}; expected text")
+    raise DataError(f"{where}: {column!r} holds {kind}; expected text")

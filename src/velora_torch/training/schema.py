@@ -340,7 +340,7 @@ class Recipe(Section):
         batch = f"{train.batch_size} sequences"
         if train.accumulation > 1:
             batch = f"{train.batch_size} × {train.accumulation} sequences"
-        held_out = data.eval or data.eval_split or "split off"
+        held_out = data.eval or data.eval_split or "its own split, or split off"
         when = [name for name in ("before", "after") if getattr(evaluate, name)]
         rows = {
             "model": f"{self.model}, {self.dtype} weights",

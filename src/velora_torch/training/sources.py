@@ -181,10 +181,11 @@ def _read_parquet(path: Path) -> Rows:
 
 def _in_hub_cache(name: str) -> bool:
     import datasets.config
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     flat = name.replace("/", "___")
     prepared = Path(datasets.config.HF_DATASETS_CACHE, flat)
-    downloaded = Path(datasets.config.HF_HUB_CACHE, "datasets--" + name.replace("/", "--"))
+    downloaded = Path(HF_HUB_CACHE, "datasets--" + name.replace("/", "--"))
     return prepared.exists() or downloaded.exists()
 
 

@@ -1,0 +1,78 @@
+"""`velora export`: a run's trained model as a plain checkpoint or a LoRA adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from velora_torch.checkpoint import JSON_FILE, TENSOR_FILE, load_state
+from velora_torch.export import export_lora
+from velora_torch.training.folder import FolderError, RunFolder
+from velora_torch.training.recipe import Recipe
+
+RESUMING = (
+    JSON_FILE,
+    TENSOR_FILE,
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "training_args.bin",
+)
+"""What a checkpoint has for resuming, and a plain model does not."""
+
+
+def export_run(run: Path, to: Path, lora: bool) -> str:
+    """Write a run's newest model to a new folder.
+
+    Args:
+        run: folder of a finished or interrupted run.
+        to: folder to write; must not exist.
+        lora: a PEFT adapter instead of whole weights.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        FolderError: the run has no model, or ``to`` exists.
+        ValueError: the run cannot be written as an adapter (see `export_lora`).
+    """
+    folder = RunFolder(run)
+    recipe = folder.load_recipe()
+    if to.exists():
+        raise FolderError(f"{to} exists; choose a new folder")
+    source = folder.newest_model(compressed=recipe.velora is not None)
+    adapter = recipe.method != "full"
+    if lora and not adapter:
+        export_lora(_load_compressed(recipe, source), to)
+    elif adapter and not lora:
+        _merge(recipe, source, to)
+    else:
+        shutil.copytree(source, to, ignore=shutil.ignore_patterns(*RESUMING))
+    kind = "a LoRA adapter" if lora else "a plain checkpoint"
+    return f"wrote {kind} of {source} to {to}"
+
+
+def _load_compressed(recipe: Recipe, source: Path) -> Any:
+    from velora_torch.training.models import compress_for, load_model
+
+    if recipe.velora is None:
+        raise FolderError("this run trained whole weights without VeLoRA: no adapter can hold them")
+    there = recipe.model_copy(update={"model": str(source)})
+    model = compress_for(recipe, load_model(there, lambda line: None))
+    load_state(model, source)
+    return model
+
+
+def _merge(recipe: Recipe, source: Path, to: Path) -> None:
+    from peft import PeftModel
+
+    from velora_torch.training.models import load_model, load_tokenizer
+
+    plain = recipe.model_copy(update={"method": "full", "lora": None, "quantization": None})
+    base = load_model(plain, lambda line: None)
+    model = PeftModel.from_pretrained(base, source).merge_and_unload()
+    model.save_pretrained(to)
+    load_tokenizer(recipe, lambda line: None).save_pretrained(to)

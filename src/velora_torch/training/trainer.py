@@ -1,0 +1,221 @@
+"""The Hugging Face trainer of a run: its arguments, and what it records while it works."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from velora_torch.integrations.transformers import VeloraTrainerMixin
+from velora_torch.memory.count import optimizer_state_bytes, saved_bytes
+from velora_torch.report.quantities import format_bytes, format_seconds
+from velora_torch.report.results import Evaluation, HistoryPoint, Memory
+from velora_torch.training.data import PreparedData
+from velora_torch.training.schema import Recipe
+
+
+@dataclass
+class Record:
+    """What a run has seen so far."""
+
+    history: list[HistoryPoint] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    tokens: torch.Tensor | int = 0
+    interrupted: bool = False
+
+
+class RecordingMixin(VeloraTrainerMixin):
+    """Counts tokens, and in the first step the bytes that it holds."""
+
+    record: Record
+    optimizer: Any
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        """One forward and backward pass."""
+        record = self.record
+        mask = inputs.get("attention_mask")
+        record.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        if record.memory.saved_activations is not None:
+            return super().training_step(model, inputs, *rest)  # type: ignore[misc]
+        with saved_bytes(self.model) as count:
+            loss = super().training_step(model, inputs, *rest)  # type: ignore[misc]
+        record.memory.saved_activations = count()
+        record.memory.gradients = _nbytes(p.grad for p in model.parameters())
+        record.memory.weights = _nbytes([*model.parameters(), *model.buffers()])
+        return loss
+
+
+class RecordingTrainer(RecordingMixin, Trainer):
+    """The trainer of tokenised data."""
+
+
+class RecordCallback(TrainerCallback):
+    """Writes log lines into the record and shows progress."""
+
+    def __init__(self, record: Record, say: Callable[[str], None]) -> None:
+        self._record, self._say = record, say
+        self._start = self._last = time.perf_counter()
+        self._tokens_before, self._first_step = 0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Start the clock."""
+        self._start = self._last = time.perf_counter()
+        self._first_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Count the optimizer's bytes once; stop where an interrupt has asked for it."""
+        optimizer = rest.get("optimizer")
+        if self._record.memory.optimizer_state is None and optimizer is not None:
+            plain = getattr(optimizer, "optimizer", optimizer)
+            self._record.memory.optimizer_state = optimizer_state_bytes(plain)
+        if self._record.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any
+    ) -> None:
+        """Record a line of the loss curve, or of an evaluation."""
+        if "eval_loss" in logs:
+            self._record.evaluations.append(Evaluation(state.global_step, logs["eval_loss"]))
+            self._say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        tokens = int(self._record.tokens)
+        rate = (tokens - self._tokens_before) / (now - self._last)
+        point = HistoryPoint(
+            step=state.global_step,
+            loss=float(logs["loss"]),
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=float(logs["grad_norm"]) if "grad_norm" in logs else None,
+            seconds=now - self._start,
+            tokens_per_second=rate,
+            peak_bytes=peak_bytes(),
+        )
+        self._last, self._tokens_before = now, tokens
+        self._record.history.append(point)
+        done = state.global_step - self._first_step
+        left = (now - self._start) / done * (state.max_steps - state.global_step)
+        self._say(
+            f"step {state.global_step}/{state.max_steps}  loss {point.loss:.4f}  "
+            f"lr {point.learning_rate:.2e}  {rate:,.0f} tokens/s  "
+            f"memory {format_bytes(point.peak_bytes)}  left {format_seconds(left)}"
+        )
+
+
+def peak_bytes() -> int | None:
+    """Peak memory of the process: the accelerator's, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def interruptible(record: Record, say: Callable[[str], None]) -> Iterator[None]:
+    """Let the first Ctrl-C finish the step and save; the second one stops at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if record.interrupted:
+            raise KeyboardInterrupt
+        record.interrupted = True
+        say("interrupted: saving after this step (Ctrl-C again stops at once)")
+
+    former = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
+    """Arguments for `TrainingArguments` (or a class of its kind) from a recipe."""
+    train = recipe.train
+    schedule = {"constant": "constant_with_warmup" if train.warmup else "constant"}
+    return {
+        "output_dir": str(output),
+        "per_device_train_batch_size": train.batch_size,
+        "per_device_eval_batch_size": recipe.evaluate.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "max_steps": -1 if train.steps is None else train.steps,
+        "num_train_epochs": 1.0 if train.epochs is None else train.epochs,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": schedule.get(train.schedule, train.schedule),
+        "warmup_steps": train.warmup,
+        "weight_decay": train.weight_decay,
+        "optim": train.optimizer,
+        "adam_beta1": train.betas[0],
+        "adam_beta2": train.betas[1],
+        "adam_epsilon": train.eps,
+        "max_grad_norm": train.max_grad_norm,
+        "seed": train.seed,
+        "activation_checkpointing": train.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": train.autocast and recipe.dtype != "float16",
+        "fp16": train.autocast and recipe.dtype == "float16",
+        "logging_steps": train.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if train.eval_every and has_eval else "no",
+        "eval_steps": train.eval_every,
+        "prediction_loss_only": True,
+        "save_strategy": "steps" if train.save_every else "no",
+        "save_steps": train.save_every or 500,
+        "save_total_limit": train.keep,
+        "report_to": ["tensorboard"] if train.tensorboard else [],
+        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "remove_unused_columns": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    data: PreparedData,
+    output: Path,
+    record: Record,
+    say: Callable[[str], None],
+) -> Any:
+    """The trainer that fits the data: Hugging Face's, or TRL's for conversations."""
+    settings = arguments(recipe, output, data.eval is not None)
+    shared = {
+        "model": model,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": tokenizer,
+        "callbacks": [RecordCallback(record, say)],
+    }
+    if data.format == "chat":
+        from velora_torch.training.sft import build_chat_trainer
+
+        trainer = build_chat_trainer(recipe, data, settings, shared)
+    else:
+        trainer = RecordingTrainer(
+            args=TrainingArguments(**settings), data_collator=data.collator, **shared
+        )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.record = record
+    return trainer
+
+
+def _nbytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

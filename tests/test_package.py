@@ -1,0 +1,55 @@
+"""The names that are promised, and what importing the package must not do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+
+import velora_torch
+
+PROMISED = ["VeloraConfig", "compress", "export_lora", "fold", "memory", "restore", "summary"]
+
+
+def test_public_names_are_exactly_the_promised_ones() -> None:
+    assert velora_torch.__all__ == PROMISED
+    assert sorted(velora_torch.__all__) == velora_torch.__all__
+    assert all(hasattr(velora_torch, name) for name in PROMISED)
+    assert isinstance(velora_torch.memory, types.ModuleType)
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert velora_torch.__version__ == version("velora-torch")
+
+
+def test_importing_needs_no_extra_and_leaves_the_gpu_alone() -> None:
+    code = (
+        "import sys, json, torch, velora_torch\n"
+        "print(json.dumps([sorted(sys.modules), torch.cuda.is_initialized()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules, initialised = json.loads(done.stdout)
+    loaded = {name.partition(".")[0] for name in modules}
+    extras = {
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+        "trl",
+        "pydantic",
+        "yaml",
+        "typer",
+        "rich",
+        "jinja2",
+        "matplotlib",
+        "tensorboard",
+        "psutil",
+        "gguf",
+    }
+    assert "velora_torch" in loaded
+    assert not loaded & extras
+    assert not initialised
