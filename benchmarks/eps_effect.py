@@ -4,7 +4,7 @@ On the dense gradient, eps is compared with sqrt(s) |v|; on the factor with sqrt
 language model is trained for 200 steps in float64 both ways, from the same weights, on the same
 batches, with the same vectors, for several eps.
 
-    python benchmarks/eps_effect.py             # about 4 minutes on one core
+    python benchmarks/eps_effect.py             # about 6 minutes on one core
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(steps: int) -> list[dict[str, Any]]:
     remedy = math.sqrt(SUB_TOKEN_SIZE)
     vanishing, _, _ = run(start, "dense", EXACT, steps)
     rows = []
-    for eps in (EXACT, 1e-8, 1e-6, 1e-4):
+    for eps in (EXACT, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4):
         dense, dense_sizes, dense_loss = run(start, "dense", eps, steps)
         factored, sizes, loss = run(start, "factored", eps, steps)
         scaled, _, _ = run(start, "factored", eps * remedy, steps)

@@ -429,7 +429,7 @@ def test_a_full_disk_keeps_the_former_state(
                 calls.append(path)
                 return (_FullFile if len(calls) == 2 else plain)(path, mode)
 
-            patch.setattr("velora_torch.checkpoint.open", opened, raising=False)
+            patch.setattr("velora_torch.atomic.open", opened, raising=False)
         else:
             plain = getattr(os, place)
             patch.setattr(os, place, full if which == "first" else second_call(plain))

@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from velora_torch.atomic import write_whole
 from velora_torch.layers import CompressedLayer
 from velora_torch.layers.base import TENSORS
 from velora_torch.model import compressed_layers
@@ -95,19 +96,6 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _check_layers(layers, described, folder)
     for name, layer in layers.items():
         _restore_layer(layer, described[name], tensors, name)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically: the old content stays until the new one is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _layers(model: nn.Module) -> dict[str, CompressedLayer]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora_torch.checkpoint import write_whole
+from velora_torch.atomic import write_whole
 from velora_torch.layers import CompressedLayer
 from velora_torch.model import compressed_layers
 

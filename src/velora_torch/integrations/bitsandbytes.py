@@ -25,7 +25,9 @@ def algorithm(optimizer: Optimizer) -> str | None:
 
 
 def overrides(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
-    """All settings of one parameter, ``GlobalOptimManager.override_config`` included."""
+    """Settings of one parameter that its group lacks, ``override_config`` included."""
+    if not (optimizer.mng.pid2config or optimizer.mng.index2config):
+        return {"max_unorm": optimizer.args.max_unorm}
     for group_index, group in enumerate(optimizer.param_groups):
         for index, other in enumerate(group["params"]):
             if other is parameter:

@@ -30,18 +30,17 @@ class StepBytes:
 class _Storages:
     """Unique storages; holds the tensors, so that an address is not used twice."""
 
-    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
-        self._excluded = {t.untyped_storage().data_ptr() for t in exclude}
+    def __init__(self) -> None:
         self._seen: dict[int, Tensor] = {}
 
     def add(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
-        if address and address not in self._excluded:
+        if address:
             self._seen.setdefault(address, tensor)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self._seen.values())
+    def nbytes(self, exclude: Iterable[Tensor] = ()) -> int:
+        excluded = {t.untyped_storage().data_ptr() for t in exclude}
+        return sum(t.untyped_storage().nbytes() for a, t in self._seen.items() if a not in excluded)
 
 
 @contextmanager
@@ -51,7 +50,12 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     Yields:
         A function that gives the bytes saved so far, every storage counted once.
     """
-    storages = _Storages([*model.parameters(), *model.buffers()])
+    storages = _Storages()
+
+    def own() -> list[Tensor]:
+        return [*model.parameters(), *model.buffers()]
+
+    before = own()
 
     def pack(tensor: Tensor) -> Tensor:
         alias = tensor.detach()  # returning the tensor itself would make a cycle with its graph
@@ -59,7 +63,8 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
         return alias
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: storages.nbytes
+        # A forward may replace buffers, as a draw of vectors does.
+        yield lambda: storages.nbytes(exclude=before + own())
 
 
 def measure_step(
@@ -100,4 +105,4 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     storages = _Storages()
     for tensor in tensors:
         storages.add(tensor.detach())
-    return storages.nbytes
+    return storages.nbytes()

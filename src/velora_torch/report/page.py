@@ -11,6 +11,7 @@ from importlib import resources
 from statistics import median
 from typing import Any
 
+from velora_torch.atomic import write_whole
 from velora_torch.report import plots, table
 from velora_torch.report.quantities import (
     format_bytes,
@@ -21,7 +22,7 @@ from velora_torch.report.quantities import (
     format_seconds,
     ratio_of,
 )
-from velora_torch.report.results import Results, write_text_atomic
+from velora_torch.report.results import Results
 
 
 @dataclass
@@ -44,7 +45,7 @@ class LayerGroup:
 
 def write_report(results: Results, path: str | os.PathLike[str]) -> None:
     """Write the page about `results` to `path`; an older page is replaced in one step."""
-    write_text_atomic(path, render_report(results))
+    write_whole(path, render_report(results))
 
 
 def render_report(results: Results) -> str:

@@ -1,7 +1,6 @@
 """The `results.json` of a training run: its typed form, and reading and writing it.
 
-Only the standard library is needed here, so that any tool can read a result where torch is not
-installed. Bytes are integers, times are seconds, accuracies lie between 0 and 1. A number that
+Bytes are integers, times are seconds, accuracies lie between 0 and 1. A number that
 is not finite (a loss that overflowed, say) is written as `null`.
 """
 
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from velora_torch.atomic import write_whole
 
 SCHEMA = "velora-torch/results/1"
 
@@ -173,7 +174,7 @@ class Results:
 def write_results(results: Results, path: str | os.PathLike[str]) -> None:
     """Write `results` as JSON; a reader finds the old file or the whole new one."""
     document = {"schema": SCHEMA, **_encode(results, "results")}
-    write_text_atomic(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    write_whole(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def read_results(path: str | os.PathLike[str]) -> Results:
@@ -191,21 +192,6 @@ def read_results(path: str | os.PathLike[str]) -> Results:
         return typing.cast(Results, _decode(document, Results, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Replace `path` by `text` in one step; on a failure (disk full) the old file stays."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _encode(value: Any, where: str) -> Any:

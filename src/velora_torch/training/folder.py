@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from velora_torch.checkpoint import JSON_FILE, write_whole
+from velora_torch.atomic import write_whole
+from velora_torch.checkpoint import JSON_FILE
 from velora_torch.training.recipe import Recipe, load_recipe, recipe_to_yaml
 
 
@@ -70,7 +71,7 @@ class RunFolder:
         for path in (self.results, self.report):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.recipe, recipe_to_yaml(recipe).encode())
+        write_whole(self.recipe, recipe_to_yaml(recipe))
 
     def load_recipe(self) -> Recipe:
         """The recipe that the run was started with."""
