@@ -376,3 +376,13 @@ def test_the_adapter_names_its_base(tmp_path: Path) -> None:
     export_lora(compress(model, CONFIG), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/tiny-llama"
+
+
+def test_weights_loaded_in_the_middle_cannot_be_exported(tmp_path):
+    model = compress(net(), VeloraConfig(sub_token_size=4))
+    train(model, batches(2))
+    model.load_state_dict(net().state_dict())
+    train(model, batches(2))
+    with pytest.raises(ValueError, match="other weights were loaded after training had begun"):
+        export_lora(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -211,7 +211,12 @@ class CompressedLayer(nn.Module):
         per_group = config.vectors == "per_group"
         if config.init == "random":
             raw = choose.random(
-                state.name, config.seed, state.draws, mask.cpu(), per_group, old.dtype
+                state.name,
+                config.seed,
+                state.draws,
+                (state.groups, state.size),
+                per_group,
+                old.dtype,
             ).to(old.device)
         else:
             assert x is not None
@@ -408,17 +413,21 @@ class CompressedLayer(nn.Module):
         *rest: Any,
     ) -> None:
         """Load a plain checkpoint: its weight is final, so pending coefficients are dropped."""
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         coef = self._parameters["coef"]
-        if coef is None or f"{prefix}coef" in state_dict:
-            return
-        if f"{prefix}coef" in missing:
+        plain = coef is not None and f"{prefix}coef" not in state_dict
+        if plain and f"{prefix}weight" in state_dict:
+            self._drop_pending()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if plain and f"{prefix}coef" in missing:
             missing.remove(f"{prefix}coef")
-        if f"{prefix}weight" in state_dict:
-            with torch.no_grad():
-                coef.zero_()
-            self.velora.pending = False
-            self._note_seen()
+
+    @torch.no_grad()
+    def _drop_pending(self) -> None:
+        self.coef.zero_()
+        self.velora.pending = False
+        if self.velora.steps:
+            self.velora.lost = "other weights were loaded after training had begun"
+        self._note_seen()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class, since the compressed class is made at run time."""

@@ -85,7 +85,12 @@ def singular(x_TD: Tensor, groups: int, size: int, per_group: bool, dtype: torch
 
 
 def random(
-    name: str, seed: int, draw: int, mask_GM: Tensor, per_group: bool, dtype: torch.dtype
+    name: str,
+    seed: int,
+    draw: int,
+    shape: tuple[int, int],
+    per_group: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Seeded Gaussian directions, (G, M), the same on every rank and device.
 
@@ -93,11 +98,11 @@ def random(
         name: the layer's name; layers draw independently of their order.
         seed: the configuration's seed.
         draw: how many times this layer has drawn before.
-        mask_GM: real features.
+        shape: (G, M).
         per_group: a vector for each group, or one for all.
         dtype: type of the result.
     """
-    groups, size = mask_GM.shape
+    groups, size = shape
     generator = torch.Generator().manual_seed(layer_seed(name, seed, draw))
     rows = groups if per_group else 1
     return torch.randn(rows, size, generator=generator, dtype=dtype).expand(groups, size)
