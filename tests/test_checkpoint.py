@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from velora_torch import VeloraConfig, compress, export_lora
 from velora_torch.checkpoint import load_state, save_state
-from velora_torch.layers.base import TENSORS
+from velora_torch.layers.state import TENSORS
 from velora_torch.model import compressed_layers
 
 from .tiny_models import batches, net, step, train

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from velora_torch.atomic import write_whole
 from velora_torch.layers import CompressedLayer
-from velora_torch.layers.base import TENSORS
+from velora_torch.layers.state import TENSORS
 from velora_torch.model import compressed_layers
 
 JSON_FILE = "velora_state.json"
@@ -53,9 +53,7 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for name, layer in layers.items():
-        layer.settle()
-        if layer.velora.pending and layer.velora.config.fold_every is not None:
-            layer.fold()
+        layer.prepare_to_save()
         tensors |= {f"{name}.{key}": value for key, value in _tensors(layer).items()}
         described[name] = {
             "outputs": layer.outputs,
@@ -202,4 +200,4 @@ def _restore_layer(
         else:
             coef.copy_(pending.to(coef.device, coef.dtype))
     layer._unchecked = None
-    layer._note_seen()
+    layer.adopt_coef()

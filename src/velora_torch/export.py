@@ -40,7 +40,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     layers = compressed_layers(model)
     for name, layer in layers.items():
-        layer.settle()
+        layer.collect()
         reason = _why_not(layer)
         if reason is not None:
             raise ValueError(

@@ -10,7 +10,8 @@ from torch import nn
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer, compressed_class
-from velora_torch.layers.base import LIVE, TENSORS
+from velora_torch.layers.base import LIVE
+from velora_torch.layers.state import TENSORS
 from velora_torch.selection import Chosen, select
 from velora_torch.stepping import retire, watch
 
@@ -78,9 +79,7 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
 def fold(model: ModelT) -> ModelT:
     """Merge pending coefficients into the weights; does nothing where none are pending."""
     for layer in compressed_layers(model).values():
-        layer.settle()
-        if layer.velora.pending:
-            layer.fold()
+        layer.fold_all()
     return model
 
 

@@ -152,12 +152,13 @@ def _check_direction(layer: CompressedLayer, rule: Rule) -> None:
     layer.settle()
     if not state.pending or state.direction == rule.direction:
         return
-    if state.config.fold_every is None:
+    layer.collect()
+    if state.pending and state.config.fold_every is None:
         raise ValueError(
             f"VeLoRA: layer {state.name!r} has pending coefficients along {state.direction}, and "
             f"this optimizer updates along {rule.direction}. Call velora_torch.fold(model) first."
         )
-    layer.fold()
+    layer.fold_all()
 
 
 def _check_first_draws(layers: list[CompressedLayer]) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer
 from velora_torch.subtoken import reference
 
 from ..closeness import TOLERANCE, assert_bitwise, assert_close
 from .cases import KINDS, Make, compress, weight_OD
 
+CONFIG = VeloraConfig(num_groups=4, init="random")
 DIRECTIONS = ["v", "sign"]
 EVERY = [pytest.param(3, id="fold_every-3"), pytest.param(None, id="never-folded")]
 
@@ -129,6 +131,7 @@ def test_coefficients_changed_by_hand(make: Make):
     coef = layer.coef.detach().clone()
     change = reference.expand(coef, layer.velora_vectors, 10)
     assert_close(layer(x), y + x @ change.T, 1e-12)
+    layer.fold_all()
     assert_close(weight_OD(layer), weight + change, 1e-14)
 
 
@@ -151,7 +154,7 @@ def test_everyone_who_looks_sees_changes_by_hand(how: str):
     elif how == "deepcopy":
         seen = copy.deepcopy(layer).weight
     elif how == "fold_":
-        layer.settle()
+        layer.fold_all()
         seen = layer.raw_weight
     else:
         seen = layer.float().weight
@@ -175,11 +178,75 @@ def test_fold_in_inference_mode_leaves_tensors_that_train():
         layer.coef.add_(1.0)
     with torch.inference_mode():
         layer(x)
+        layer.fold_all()
     assert layer.velora.folds == 1
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     layer(x).sum().backward()
     optimizer.step()
     assert layer.velora.folds == 2
+
+
+def test_a_perturbation_for_one_forward_can_be_taken_back():
+    """Sharpness-aware minimisation: up, forward and backward, down again, and then the step."""
+    layer = compress(nn.Linear(10, 6).double(), init="random")
+    x = torch.randn(5, 10, dtype=torch.float64)
+    before, y = weight_OD(layer).clone(), layer(x).detach()
+    up = torch.randn(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        layer.coef.add_(up)
+    change = reference.expand(up, layer.velora_vectors, 10)
+    perturbed = layer(x)
+    assert_close(perturbed, y + x @ change.T, 1e-12)
+    perturbed.sum().backward()
+    assert layer.coef.grad is not None
+    gradient = layer.coef.grad.clone()
+    with torch.no_grad():
+        layer.coef.sub_(up)
+    assert_close(layer(x), y, 1e-12)
+    torch.optim.AdamW(layer.parameters(), 0.1, weight_decay=0.0, eps=1e-30).step()
+    step = reference.expand(-0.1 * gradient.sign(), layer.velora_vectors.sign(), 10)
+    assert_close(weight_OD(layer), before + step, 1e-12)
+
+
+@pytest.mark.parametrize("zeroing", ["none", "in_place"])
+def test_writes_that_torch_does_not_count_reach_the_output(zeroing: str):
+    """A loop of the old school, on ``.data``: the gradient that it used gives it away."""
+    layer = compress(nn.Linear(10, 6).double(), init="random")
+    x = torch.randn(5, 10, dtype=torch.float64)
+    weight = weight_OD(layer).clone()
+    total = torch.zeros(6, 4, dtype=torch.float64)
+    for _ in range(3):
+        (layer(x) - 1).square().mean().backward()
+        assert layer.coef.grad is not None
+        total -= 0.1 * layer.coef.grad
+        layer.coef.data -= 0.1 * layer.coef.grad
+        if zeroing == "none":
+            layer.coef.grad = None
+        else:
+            layer.coef.grad.zero_()
+    merged = weight + reference.expand(total, layer.velora_vectors, 10)
+    assert_close(layer(x), x @ merged.T + layer.bias, 1e-12)
+    assert_close(layer.state_dict()["weight"], merged, 1e-12)
+
+
+@pytest.mark.parametrize("how", ["fold", "restore", "state_dict", "deepcopy"])
+def test_writes_that_left_no_trace_are_found_by_who_saves(how: str):
+    import copy
+
+    import velora_torch as velora
+
+    model = velora.compress(nn.Sequential(nn.Linear(10, 6).double()), CONFIG)
+    layer = model[0]
+    coef = torch.randn(6, 4, dtype=torch.float64)
+    merged = weight_OD(layer) + reference.expand(coef, layer.velora_vectors, 10)
+    layer.coef.data.copy_(coef)
+    if how == "fold":
+        velora.fold(model)
+    elif how == "restore":
+        velora.restore(model)
+    elif how == "deepcopy":
+        model = velora.restore(copy.deepcopy(model))
+    assert_close(model.state_dict()["0.weight"], merged, 1e-14)
 
 
 def test_bf16_weight_with_pending_float32_coefficients():

@@ -9,16 +9,15 @@ Shapes: T tokens, D input features, G groups, M features per sub-token, O output
 
 from __future__ import annotations
 
-import copy
 import weakref
-from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from velora_torch.config import VeloraConfig
+from velora_torch.layers.protocol import PROCESS, PlainOutside
+from velora_torch.layers.state import TENSORS, LayerState
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import (
     ExposedWeight,
@@ -32,46 +31,11 @@ from velora_torch.subtoken.folding import fold_
 LIVE: weakref.WeakSet[CompressedLayer] = weakref.WeakSet()
 """Every compressed layer alive: how an optimizer's step finds the layers it has trained."""
 
-TENSORS = ("vectors", "delta", "running", "turn", "sign_turn")
-"""Tensors of a compressed layer besides ``coef`` (buffers ``velora_*``, not in ``state_dict``)."""
 
-
-@dataclass
-class LayerState:
-    """What a compressed layer remembers besides tensors. All fields are JSON values."""
-
-    name: str
-    groups: int
-    size: int
-    config: VeloraConfig = field(repr=False)
-    drawn: bool = False
-    """Vectors were chosen (by data, or at once for random ones)."""
-    due: bool = True
-    """The next training forward draws vectors."""
-    draws: int = 0
-    steps: int = 0
-    """Optimizer steps since the layer was compressed."""
-    folds: int = 0
-    direction: str = "v"
-    """What pending coefficients multiply: ``v``, or ``sign`` for scale-invariant optimizers."""
-    pending: bool = False
-    """``coef`` holds updates that are not in the weight yet."""
-    delta_direction: str | None = None
-    """The direction of the sum of all folds."""
-    lost: str | None = None
-    """Why that sum does not turn the first weight into the present one, if so."""
-
-    def counters(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the configuration."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
-
-
-class CompressedLayer(nn.Module):
+class CompressedLayer(PlainOutside):
     """Mixed in before the class of a plain layer; see :func:`velora_torch.compress`."""
 
     transposed: bool
-    plain_class: type[nn.Module]
-    velora: LayerState
     velora_vectors: Tensor
     velora_delta: Tensor | None
     velora_running: Tensor | None
@@ -100,8 +64,7 @@ class CompressedLayer(nn.Module):
             self.register_parameter("coef", None)
         if config.init == "random":
             self.draw(None)
-        self._note_seen()
-        LIVE.add(self)
+        self.adopt_coef()
 
     def stop(self) -> None:
         """Become the plain layer again. The caller has folded and changes the class back."""
@@ -112,7 +75,7 @@ class CompressedLayer(nn.Module):
             del self._buffers[f"velora_{tensor}"]
             self._non_persistent_buffers_set.discard(f"velora_{tensor}")
         LIVE.discard(self)
-        for attribute in ("velora", "_unchecked", "_seen", "_own"):
+        for attribute in ("velora", "_unchecked", *PROCESS):
             del self.__dict__[attribute]
 
     # ------------------------------------------------------------------ shapes and the weight
@@ -144,17 +107,19 @@ class CompressedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight with all updates in it.
 
-        Where autograd is on, an alias that trains the coefficients, so that code that uses the
-        weight outside the layer's forward is never silently untrained.
+        Where autograd is on, an alias (a copy while coefficients are pending) that trains the
+        coefficients, so that code that uses the weight outside the layer's forward is never
+        silently untrained. Elsewhere the weight itself, so that it can be changed in place.
         """
+        coef = self._parameters["coef"]
+        trains = coef is not None and torch.is_grad_enabled() and coef.requires_grad
         if not (self._substituted() or torch.compiler.is_compiling()):
             self.settle()
-            if self.velora.pending and self.velora.config.fold_every is not None:
-                self.fold()
+            if not trains and self.velora.pending and self.velora.config.fold_every is not None:
+                self.fold_all()
         pending = self.velora.pending or self._substituted()
         weight = self.merged_weight() if pending else self.raw_weight
-        coef = self._parameters["coef"]
-        if coef is None or not (torch.is_grad_enabled() and coef.requires_grad):
+        if coef is None or not trains:
             return weight
         return ExposedWeight.apply(weight, coef, self, self.velora.config.scale, self.transposed)
 
@@ -205,7 +170,7 @@ class CompressedLayer(nn.Module):
         """
         state, config = self.velora, self.velora.config
         if state.pending:
-            self.fold()
+            self.fold_all()
         old = self.velora_vectors
         mask = choose.feature_mask(state.groups, state.size, self.features, old.device)
         per_group = config.vectors == "per_group"
@@ -266,9 +231,36 @@ class CompressedLayer(nn.Module):
         coef = self._parameters["coef"]
         return -1 if coef is None else coef._version
 
-    def _note_seen(self) -> None:
+    def adopt_coef(self) -> None:
+        """Take ``coef`` as it is now for known, and watch its gradient."""
         coef = self._parameters["coef"]
-        self._own, self._seen = id(coef), self._version_now()
+        is_new = id(coef) != self.__dict__.get("_own")
+        self._note_seen()
+        self._mark: tuple[int, int] | None = None
+        LIVE.add(self)
+        if is_new and coef is not None and coef.requires_grad:
+            this = weakref.ref(self)
+
+            def accumulated(parameter: Tensor) -> None:
+                layer, grad = this(), parameter.grad
+                if layer is not None and grad is not None:
+                    layer._mark = (id(grad), grad._version)
+
+            coef.register_post_accumulate_grad_hook(accumulated)
+
+    def _note_seen(self) -> None:
+        self._own, self._seen = id(self._parameters["coef"]), self._version_now()
+
+    def _gradient_was_used(self) -> bool:
+        """Whether a gradient that autograd left in ``coef`` is gone or changed since.
+
+        Then something may have trained ``coef`` in a way that torch does not count as a change
+        (writes to ``coef.data``, kernels of other libraries).
+        """
+        if self._mark is None:
+            return False
+        grad = self.coef.grad
+        return grad is None or (id(grad), grad._version) != self._mark
 
     def _substituted(self) -> bool:
         """Whether ``coef`` is for now another tensor, as in ``torch.func.functional_call``."""
@@ -290,14 +282,38 @@ class CompressedLayer(nn.Module):
             )
 
     def settle(self) -> None:
-        """Notice coefficients that changed without a watched optimizer step; fold if due."""
-        if self._version_now() == self._seen and not self._substituted():
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            changed = bool(self.coef.any())  # not if zeros were written, as by a broadcast
+        """Notice coefficients that may have changed without a watched optimizer step.
+
+        They are pending from then on: every forward adds them, and they are folded at the next
+        watched step, or when the weight is read, saved or restored. Not at once, since who
+        perturbs parameters for one forward (SAM) takes the change back.
+        """
+        changed = self._version_now() != self._seen or self._substituted()
+        if changed or self._gradient_was_used():
+            self.velora.pending = True
+            self._mark = None
             self._note_seen()
-            if changed:
-                self.after_step(self.velora.direction)
+
+    def collect(self) -> None:
+        """Notice every change of ``coef``, however it was made: looks at its values."""
+        coef = self._parameters["coef"]
+        if coef is None:
+            return
+        self.settle()
+        if not coef.is_meta:
+            self.velora.pending = bool(coef.detach().any())
+
+    def fold_all(self) -> None:
+        """Fold whatever ``coef`` holds; does nothing where it holds nothing."""
+        self.collect()
+        if self.velora.pending:
+            self.fold()
+
+    def prepare_to_save(self) -> None:
+        """Fold what is pending, unless the configuration never folds."""
+        self.collect()
+        if self.velora.pending and self.velora.config.fold_every is not None:
+            self.fold()
 
     def after_step(self, direction: str, decay: float | Tensor = 1.0) -> None:
         """An optimizer has changed ``coef``: fold it, or keep it pending.
@@ -308,6 +324,7 @@ class CompressedLayer(nn.Module):
         """
         state, config = self.velora, self.velora.config
         state.steps += 1
+        self._mark = None
         refresh = config.refresh_every is not None and state.steps % config.refresh_every == 0
         redraw = refresh or config.init in ("running_average", "batch_average")
         if self._parameters["coef"] is not None:
@@ -325,6 +342,7 @@ class CompressedLayer(nn.Module):
         elif redraw:
             state.due = True
 
+    @torch.inference_mode(False)  # what is made here must be good for training
     @torch.no_grad()
     def fold(self, decay: float | Tensor = 1.0) -> None:
         """W <- decay * W + coef (x) e, and coef back to zero."""
@@ -350,6 +368,13 @@ class CompressedLayer(nn.Module):
         self._note_seen()
 
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """A copy of the weight, as stored, with pending coefficients in it."""
+        delta = expand(self.coef.detach(), self.direction_GM, self.features)
+        merged = (self.weight_OD.to(delta.dtype) + delta).to(self.raw_weight.dtype)
+        return merged.t().contiguous() if self.transposed else merged
+
+    @torch.no_grad()
     def _decay(self, decay: float | Tensor) -> None:
         if isinstance(decay, Tensor) or decay != 1.0:
             nothing = torch.zeros_like(self.coef.detach())
@@ -363,97 +388,6 @@ class CompressedLayer(nn.Module):
     def _note_decay(self, decay: float | Tensor) -> None:
         if isinstance(decay, Tensor) or decay != 1.0:
             self.velora.lost = "weight decay has changed the base weight"
-
-    # ------------------------------------------------------------------ module protocol
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLayer:
-        """Move with the model, but keep vectors and coefficients in float32 or wider."""
-        self.settle()
-        kept = {name: b for name, b in self._buffers.items() if name.startswith("velora_")}
-        coef = self._parameters["coef"]
-        kept_coef = None if coef is None else coef.detach()
-        super()._apply(fn, recurse)
-        wide = torch.promote_types(self.raw_weight.dtype, torch.float32)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != wide:
-                self._buffers[name] = before.to(after.device, wide)
-        after_coef = self._parameters["coef"]
-        if kept_coef is not None and after_coef is not None and after_coef.dtype != wide:
-            after_coef.data = kept_coef.to(after_coef.device, wide)
-            if after_coef.grad is not None:
-                after_coef.grad = after_coef.grad.to(wide)
-        self._note_seen()
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.settle()
-        never = self.velora.config.fold_every is None
-        if self.velora.pending and not never:
-            self.fold()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}coef", None)
-        if self.velora.pending:
-            destination[f"{prefix}weight"] = self.merged_weight()
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """A copy of the weight, as stored, with pending coefficients in it."""
-        delta = expand(self.coef.detach(), self.direction_GM, self.features)
-        merged = (self.weight_OD.to(delta.dtype) + delta).to(self.raw_weight.dtype)
-        return merged.t().contiguous() if self.transposed else merged
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        *rest: Any,
-    ) -> None:
-        """Load a plain checkpoint: its weight is final, so pending coefficients are dropped."""
-        coef = self._parameters["coef"]
-        plain = coef is not None and f"{prefix}coef" not in state_dict
-        if plain and f"{prefix}weight" in state_dict:
-            self._drop_pending()
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if plain and f"{prefix}coef" in missing:
-            missing.remove(f"{prefix}coef")
-
-    @torch.no_grad()
-    def _drop_pending(self) -> None:
-        self.coef.zero_()
-        self.velora.pending = False
-        if self.velora.steps:
-            self.velora.lost = "other weights were loaded after training had begun"
-        self._note_seen()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the plain class, since the compressed class is made at run time."""
-        self.settle()
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_own")}
-        return _blank, (self.plain_class,), state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state["velora"] = copy.copy(state["velora"])
-        super().__setstate__(state)
-        self._note_seen()
-        LIVE.add(self)
-
-    def extra_repr(self) -> str:
-        """The plain layer's text, and how it is compressed."""
-        state = self.velora
-        return f"{super().extra_repr()}, velora: {state.groups} groups of {state.size}"
-
-
-def _blank(original: type[nn.Module]) -> CompressedLayer:
-    from velora_torch.layers import compressed_class
-    from velora_torch.stepping import watch
-
-    watch()  # this may be a new process
-    kind = compressed_class(original)
-    return kind.__new__(kind)
 
 
 def _in_transform() -> bool:
