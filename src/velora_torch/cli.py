@@ -35,13 +35,17 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.steps=20."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
+    ] = False,
     print_config: Annotated[
-        bool, typer.Option(help="Print the recipe with all defaults, and stop.")
+        bool, typer.Option("--print-config", help="Print the recipe with all defaults, and stop.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Check the recipe, its files and names, and stop.")
+        bool, typer.Option("--dry-run", help="Check the recipe, its files and names, and stop.")
     ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says; ends with a checkpoint, results.json and report.html."""

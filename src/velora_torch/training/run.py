@@ -82,6 +82,7 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     notes: list[str] = []
     if not record.interrupted:
         trained.trainer.save_model(str(folder.final))
+        (folder.final / "training_args.bin").unlink(missing_ok=True)  # a pickle, for resuming
         make_optimizer = _optimizer_maker(trained.trainer)
         trained.trainer.optimizer = trained.trainer.lr_scheduler = None
         gc.collect()
