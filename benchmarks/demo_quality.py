@@ -26,6 +26,11 @@ COMMON = ("compare=null", "evaluate.before=false", "train.tensorboard=false")
 
 VARIANTS = {
     "plain": ("velora=null",),
+    "plain, float32 weights and bf16 autocast": (
+        "velora=null",
+        "dtype=float32",
+        "train.autocast=true",
+    ),
     "VeLoRA, as the recipe": (),
     "VeLoRA, average, fixed, shared": (
         "velora={targets: all-linear, sub_token_size: 8, track_delta: false}",
@@ -34,19 +39,19 @@ VARIANTS = {
         "velora={targets: all-linear, num_groups: 32, init: random, vectors: per_group, "
         "refresh_every: 50, track_delta: false}",
     ),
-    "VeLoRA, value and down, average": (
-        "velora={targets: [v_proj, down_proj], num_groups: 32, track_delta: false}",
-    ),
 }
-SWEEP = (
-    [("VeLoRA, as the recipe", rate) for rate in (1e-4, 3e-4, 1e-3)]
-    + [("plain", rate) for rate in (3e-5, 1e-4, 3e-4)]
-    + [
-        ("VeLoRA, average, fixed, shared", 3e-4),
-        ("VeLoRA, 32 groups", 3e-4),
-        ("VeLoRA, value and down, average", 1e-4),
-    ]
-)
+SWEEP = [
+    ("VeLoRA, as the recipe", 1e-4),
+    ("VeLoRA, as the recipe", 3e-4),
+    ("VeLoRA, as the recipe", 1e-3),
+    ("plain", 3e-5),
+    ("plain", 1e-4),
+    ("plain", 3e-4),
+    ("plain, float32 weights and bf16 autocast", 1e-4),
+    ("VeLoRA, average, fixed, shared", 3e-4),
+    ("VeLoRA, 32 groups", 3e-4),
+    ("plain", 1e-3),
+]
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -69,7 +74,7 @@ def run(variant: str, rate: float, seed: int, steps: int) -> None:
         f"train.learning_rate={rate}",
         f"train.steps={steps}",
         f"train.seed={seed}",
-        *([] if variant == "plain" else [f"velora.seed={seed}"]),
+        *([] if variant.startswith("plain") else [f"velora.seed={seed}"]),
     ]
     with tempfile.TemporaryDirectory() as folder:
         command = [

@@ -1,0 +1,37 @@
+"""The README's example runs as it is printed, and its recipes and pages exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "layers compressed" in done.stdout
+    assert (tmp_path / "trained" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", [README, *(p.read_text() for p in ROOT.glob("docs/**/*.md"))])
+def test_links_lead_somewhere(page):
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    folder = next(p for p in pages if p.read_text() == page).parent
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page):
+        assert (folder / target).exists(), target
+
+
+def test_recipes_open_with_their_command():
+    for recipe in ROOT.glob("recipes/*.yaml"):
+        first = recipe.read_text().splitlines()[0]
+        assert first.startswith(f"# velora train recipes/{recipe.name}"), recipe.name
