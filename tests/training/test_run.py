@@ -67,7 +67,7 @@ def logits(model, ids=((3, 4, 5, 6),)):
 
 
 def test_a_run_leaves_a_plain_checkpoint_results_and_a_report(recipe, tmp_path):
-    results = go(recipe(compare={"repeats": 2}))
+    results = go(recipe(compare={"repeats": 2}, train={"tensorboard": True}))
     assert results.run.status == "finished"
     assert [point.step for point in results.history] == [1, 2, 3, 4, 5, 6]
     assert results.history[-1].loss < results.history[0].loss
@@ -82,6 +82,8 @@ def test_a_run_leaves_a_plain_checkpoint_results_and_a_report(recipe, tmp_path):
 
     assert read_results(tmp_path / "run/results.json").history == results.history
     assert "<svg" in (tmp_path / "run/report.html").read_text()
+    assert list((tmp_path / "run/runs").rglob("events.*"))
+    assert not list((tmp_path / "run/final").glob("*.bin"))  # nothing pickled in what is published
     # Loads where this package is unknown to the loader, and has the trained weights.
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/final")
     assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
