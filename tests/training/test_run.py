@@ -100,6 +100,10 @@ SETTINGS = {
     "running average": {"velora": {"init": "running_average"}},
     "late folds": {"velora": {"fold_every": 3}},
     "accumulated": {"train": {"accumulation": 2, "weight_decay": 0.1}},
+    "autocast, checkpointed": {
+        "dtype": "float32",
+        "train": {"autocast": True, "gradient_checkpointing": True},
+    },
     "plain": {"velora": None},
     "lora": {"method": "lora"},
 }

@@ -164,6 +164,7 @@ def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
         "seed": train.seed,
         "activation_checkpointing": train.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": train.autocast and recipe.dtype != "float16",
         "fp16": train.autocast and recipe.dtype == "float16",
         "logging_steps": train.log_every,
