@@ -32,13 +32,6 @@ VARIANTS = {
         "train.autocast=true",
     ),
     "VeLoRA, as the recipe": (),
-    "VeLoRA, average, fixed, shared": (
-        "velora={targets: all-linear, sub_token_size: 8, track_delta: false}",
-    ),
-    "VeLoRA, 32 groups": (
-        "velora={targets: all-linear, num_groups: 32, init: random, vectors: per_group, "
-        "refresh_every: 50, track_delta: false}",
-    ),
 }
 SWEEP = [
     ("VeLoRA, as the recipe", 1e-4),
@@ -48,9 +41,6 @@ SWEEP = [
     ("plain", 1e-4),
     ("plain", 3e-4),
     ("plain, float32 weights and bf16 autocast", 1e-4),
-    ("VeLoRA, average, fixed, shared", 3e-4),
-    ("VeLoRA, 32 groups", 3e-4),
-    ("plain", 1e-3),
 ]
 
 
