@@ -72,7 +72,8 @@ def _before_step(
         for layer, _ in factored:
             _check_direction(layer, rule)
     _AWAITED.update(layer for layer, _ in trained)
-    if not factored:
+    if not factored:  # dense gradients alone: the optimizer needs nothing of us
+        _check_first_draws([layer for layer, _ in trained])
         return None
     if len(args) > 1 and callable(args[1]):
         closure = _then_prepare(args[1], rule, optimizer, factored)

@@ -114,6 +114,18 @@ class TestEachInit:
             assert_unit(v, 10)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"init": "batch_average"}, {"init": "average", "refresh_every": 1}],
+    ids=["batch_average", "refresh"],
+)
+def test_coefficients_are_folded_where_new_vectors_are_due(settings: dict[str, Any]):
+    """At the step, so that no forward pass changes the weight."""
+    layer = layer_of(fold_every=3, **settings)
+    train(layer, [batch(0)])
+    assert (layer.velora.due, layer.velora.pending, layer.velora.folds) == (True, False, 1)
+
+
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_random_depends_on_name_and_seed_not_on_order(vectors: str):
     def model(seed: int, targets: Any = ("a", "b")) -> nn.Module:
@@ -137,9 +149,12 @@ def test_random_depends_on_name_and_seed_not_on_order(vectors: str):
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("vectors", VECTORS)
 @pytest.mark.parametrize("init", FROM_DATA)
-def test_first_batch_without_direction(init: str, vectors: str, value: float):
+@pytest.mark.parametrize("gradient", ["factored", "dense"])
+def test_first_batch_without_direction(gradient: str, init: str, vectors: str, value: float):
     model = nn.Sequential(linear(10, 5).double()).train()
-    velora_torch.compress(model, VeloraConfig(num_groups=4, init=init, vectors=vectors))
+    velora_torch.compress(
+        model, VeloraConfig(num_groups=4, init=init, vectors=vectors, gradient=gradient)
+    )
     layer: Any = model[0]
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     model(torch.full((6, 10), value, dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -67,6 +68,19 @@ def test_z_has_the_type_of_the_input(gradient: str, dtype: torch.dtype):
     (z,) = saved(layer, torch.randn(T, D).to(dtype))
     assert z.dtype == dtype
     assert z.untyped_storage().nbytes() == T * G * dtype.itemsize
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("make", KINDS)
+def test_nobody_holds_the_input(make: Make, gradient: str):
+    """Neither as a saved tensor, nor in any other way."""
+    layer = compress(make(D, O), G, gradient=gradient)
+    x = torch.randn(T, D)
+    alive = weakref.ref(x)
+    y = layer(x)
+    del x
+    assert alive() is None
+    y.sum().backward()
 
 
 def test_pending_coefficients_keep_no_more():

@@ -5,8 +5,6 @@ Shapes: O output features, D input features, G groups, M features per sub-token.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -91,12 +89,10 @@ def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> N
         wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
         return
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(wide)  # |wide| in [2^(exponent - 1), 2^exponent)
-    smallest = math.frexp(info.tiny)[1]
-    finite = torch.isfinite(wide)
-    exponent = torch.where(finite & (wide != 0), exponent, smallest).clamp_(min=smallest)
-    step = torch.ldexp(torch.full_like(wide, info.eps / 2), exponent)
+    # Distance of neighbours at each value: its power of two (the sign and fraction bits cut) * eps.
+    power = wide.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    step = power.mul_(info.eps).clamp_(min=info.tiny * info.eps)
     steps = wide / step  # exact: a power of two
     below = steps.floor()
     up = (steps - below) * (1 << 16) > noise + 0.5
-    wide.copy_(torch.where(finite, (below + up) * step, wide))
+    wide.copy_(torch.where(torch.isfinite(wide), (below + up) * step, wide))
