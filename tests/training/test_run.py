@@ -95,6 +95,12 @@ def test_a_run_leaves_a_plain_checkpoint_results_and_a_report(recipe, tmp_path):
     assert kept == ["checkpoint-4", "checkpoint-6"]
 
 
+def test_dense_gradients_train_and_count_every_weight_once(recipe):
+    results = go(recipe(velora={"gradient": "dense"}))
+    assert results.history[-1].loss < results.history[0].loss
+    assert results.model.parameters == results.model.trainable_parameters
+
+
 SETTINGS = {
     "random redrawn": {"velora": {"refresh_every": 2}},
     "running average": {"velora": {"init": "running_average"}},

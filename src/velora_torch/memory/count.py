@@ -83,17 +83,19 @@ def measure_step(
     saved = count()
     del count  # lets the backward pass free what was saved
     value.backward()
-    gradients = _nbytes(p.grad for p in model.parameters() if p.grad is not None)
+    gradients = unique_bytes(p.grad for p in model.parameters() if p.grad is not None)
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
     states = optimizer_state_bytes(optimizer) if optimizer is not None else 0
-    return StepBytes(_nbytes([*model.parameters(), *model.buffers()]), saved, gradients, states)
+    return StepBytes(
+        unique_bytes([*model.parameters(), *model.buffers()]), saved, gradients, states
+    )
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
     """Bytes of an optimizer's state tensors."""
-    return _nbytes(
+    return unique_bytes(
         value
         for state in optimizer.state.values()
         for value in state.values()
@@ -101,7 +103,8 @@ def optimizer_state_bytes(optimizer: Optimizer) -> int:
     )
 
 
-def _nbytes(tensors: Iterable[Tensor]) -> int:
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each storage once."""
     storages = _Storages()
     for tensor in tensors:
         storages.add(tensor.detach())

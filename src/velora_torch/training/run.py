@@ -211,13 +211,15 @@ def _describe_model(recipe: Recipe, model: Any) -> ModelInfo:
         name: f"{layer.features} features in {layer.groups} groups of {layer.size}"
         for name, layer in overview.compressed.items()
     }
-    inside = sum(layer.weights for layer in overview.compressed.values())
+    # A frozen weight that coefficients train counts as trained; the coefficients do not.
+    layers = overview.compressed.values()
+    inside = sum(layer.weights for layer in layers if layer.gradient == "factored")
     factors = {id(layer.coef) for layer in compressed_layers(model).values()}
-    own = [p for p in model.parameters() if id(p) not in factors or p.requires_grad]
-    trainable = sum(p.numel() for p in own if p.requires_grad and id(p) not in factors)
+    own = [p for p in model.parameters() if id(p) not in factors]
+    trainable = sum(p.numel() for p in own if p.requires_grad)
     return ModelInfo(
         name=recipe.model,
-        parameters=sum(p.numel() for p in model.parameters() if id(p) not in factors),
+        parameters=sum(p.numel() for p in own),
         trainable_parameters=trainable + inside,
         compressed_layers=compressed,
         exact_layers=overview.exact,

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from velora_torch.integrations.transformers import VeloraTrainerMixin
-from velora_torch.memory.count import optimizer_state_bytes, saved_bytes
+from velora_torch.memory.count import optimizer_state_bytes, saved_bytes, unique_bytes
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
@@ -49,8 +49,10 @@ class RecordingMixin(VeloraTrainerMixin):
         with saved_bytes(self.model) as count:
             loss = super().training_step(model, inputs, *rest)  # type: ignore[misc]
         record.memory.saved_activations = count()
-        record.memory.gradients = _nbytes(p.grad for p in model.parameters())
-        record.memory.weights = _nbytes([*model.parameters(), *model.buffers()])
+        record.memory.gradients = unique_bytes(
+            p.grad for p in model.parameters() if p.grad is not None
+        )
+        record.memory.weights = unique_bytes([*model.parameters(), *model.buffers()])
         return loss
 
 
@@ -216,7 +218,3 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.record = record
     return trainer
-
-
-def _nbytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
