@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from velora_torch.layers.base import LIVE, CompressedLayer
+from velora_torch.layers.state import has_values
 from velora_torch.optimizers import Group, Rule, check_group, rule_for, settings, turn_moments
 
 Trained = list[tuple[CompressedLayer, Group]]
@@ -165,7 +166,9 @@ def _check_direction(layer: CompressedLayer, rule: Rule) -> None:
 def _check_first_draws(layers: list[CompressedLayer]) -> None:
     """Warn about first batches that gave no direction: one look at the device, once in a run."""
     flags = [(layer, layer.take_unchecked()) for layer in layers]
-    bad = [layer for layer, flag in flags if flag is not None and not bool(flag)]
+    bad = [
+        layer for layer, flag in flags if flag is not None and has_values(flag) and not bool(flag)
+    ]
     if not bad:
         return
     for layer in bad:

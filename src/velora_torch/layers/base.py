@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
-from velora_torch.layers.state import TENSORS, LayerState
+from velora_torch.layers.state import TENSORS, LayerState, has_values
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import (
     ExposedWeight,
@@ -300,7 +300,7 @@ class CompressedLayer(PlainOutside):
         if coef is None:
             return
         self.settle()
-        if not coef.is_meta:
+        if has_values(coef):
             self.velora.pending = bool(coef.detach().any())
 
     def fold_all(self) -> None:
