@@ -78,10 +78,10 @@ class VeloraConfig:
     :func:`velora_torch.export_lora` needs. ``False`` saves that memory."""
 
     def __post_init__(self) -> None:
-        _check_choice("init", self.init, get_args(Init))
-        _check_choice("vectors", self.vectors, get_args(Vectors))
-        _check_choice("gradient", self.gradient, get_args(Gradient))
-        _check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("init", self.init, get_args(Init))
+        check_choice("vectors", self.vectors, get_args(Vectors))
+        check_choice("gradient", self.gradient, get_args(Gradient))
+        check_choice("rounding", self.rounding, get_args(Rounding))
         self._check_targets()
         if self.num_groups is not None and self.sub_token_size is not None:
             raise ValueError(
@@ -190,7 +190,8 @@ def _for_layer(value: int | Mapping[str, int] | None, name: str, field: str) -> 
     )
 
 
-def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the choices, and the nearest, for any other value."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from velora_torch.config import VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
 from velora_torch.layers.state import TENSORS, LayerState, has_values
+from velora_torch.recomputation.deferred import plain
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import (
     ExposedWeight,
-    FactoredLinear,
     apply_linear,
     expand,
+    factored_linear,
     project,
 )
 from velora_torch.subtoken.folding import fold_
@@ -133,6 +134,7 @@ class CompressedLayer(PlainOutside):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = x Wᵀ + b``, keeping z = x v (T x G) for the backward pass instead of x."""
+        x = plain(x)  # the result of an activation may be deferred
         state, coef, weight = self.velora, self._parameters["coef"], self.raw_weight
         substituted = self._substituted()
         functional = substituted or _in_transform()
@@ -155,7 +157,7 @@ class CompressedLayer(PlainOutside):
         if state.drawn or x.numel() == 0:
             z = project(x.detach(), self.velora_vectors).to(_compute_dtype(x))
         v = self.velora_vectors if coef is None else None
-        return FactoredLinear.apply(
+        return factored_linear(
             x, weight, bias, coef, z, v, e, state.config.scale, self.transposed, state.name
         )
 

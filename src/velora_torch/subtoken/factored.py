@@ -106,7 +106,9 @@ class FactoredLinear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what the backward pass needs: never x."""
         x, weight, _bias, coef, z, v, e, scale, transposed, name = inputs
-        ctx.save_for_backward(z, weight, coef, v, e)
+        ctx.kept = None if torch.compiler.is_compiling() else _kept(x)
+        if ctx.kept is None:
+            ctx.save_for_backward(z, weight, coef, v, e)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if _bias is None else _bias.dtype
         ctx.coef_dtype = None if coef is None else coef.dtype
@@ -119,7 +121,7 @@ class FactoredLinear(Function):
         with torch.no_grad():
             grads = _gradients(ctx, grad_output)
         if torch.is_grad_enabled():  # create_graph=True
-            _z, weight, coef, _v, _e = ctx.saved_tensors
+            _z, weight, coef, _v, _e = _saved(ctx)
             trained = weight if coef is None else coef
             grads = tuple(
                 g if g is None else _NoDoubleBackward.apply(g, grad_output, trained) for g in grads
@@ -127,8 +129,73 @@ class FactoredLinear(Function):
         return (*grads, None, None, None, None, None, None)
 
 
+class Keep(Function):
+    """x itself, from a node that holds what the backward pass of :class:`FactoredLinear` needs.
+
+    Gradient checkpointing stops computing a block again as soon as its last saved tensor is there,
+    and what a Function saves is there when it has ended. Saved by a node in front of the product,
+    z of a block's last layer spares that layer's product.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor,
+        coef: Tensor | None,
+        v: Tensor | None,
+        e: Tensor | None,
+    ) -> Tensor:
+        """Alias of x: no copy."""
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save everything but x."""
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of x."""
+        return (*grad_outputs, None, None, None, None, None)
+
+
+def factored_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor | None,
+    z: Tensor | None,
+    v: Tensor | None,
+    e: Tensor | None,
+    scale: float,
+    transposed: bool,
+    name: str,
+) -> Tensor:
+    """:class:`FactoredLinear`, behind :class:`Keep` where that spares checkpointing a product."""
+    if x.requires_grad and not torch.compiler.is_compiling() and _saving_is_hooked():
+        x = Keep.apply(x, z, weight, coef, v, e)
+    return FactoredLinear.apply(x, weight, bias, coef, z, v, e, scale, transposed, name)
+
+
+def _saving_is_hooked() -> bool:
+    """Whether someone handles saved tensors, as checkpointing does; not so in ``torch.func``."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and not torch._C._are_functorch_transforms_active()
+
+
+def _kept(x: Tensor) -> Any:
+    """The node of :class:`Keep` that made x, if one did."""
+    return x.grad_fn if type(x.grad_fn) is Keep._backward_cls else None
+
+
+def _saved(ctx: Any) -> Any:
+    """z, weight, coef, v and e."""
+    return (ctx if ctx.kept is None else ctx.kept).saved_tensors
+
+
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    z, weight, coef, v, e = ctx.saved_tensors
+    z, weight, coef, v, e = _saved(ctx)
     needs_x, needs_weight, needs_bias, needs_coef = ctx.needs_input_grad[:4]
     outputs = grad_output.shape[-1]
     features = ctx.x_shape[-1]
