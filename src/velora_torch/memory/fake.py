@@ -7,12 +7,16 @@ v, output and log-sum-exp), and need neither a GPU nor the room that the weights
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from velora_torch.memory.masks import Rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -25,15 +29,20 @@ class FakeWorld:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode()
+        self.rows = Rows()
+        self._entered: list[ExitStack] = []
         self._memo: dict[int, Any] = {}
         self._kept: list[Any] = []  # ids in the memo stay valid while their objects live
 
     def __enter__(self) -> FakeWorld:
-        self.mode.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(self.rows.known())
+            stack.enter_context(self.mode)
+            self._entered.append(stack.pop_all())
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.mode.__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """The fake CPU twin of a real or meta tensor: shape, strides, dtype, parameter or not.
@@ -59,6 +68,7 @@ class FakeWorld:
 
     def batch(self, batch: Any) -> Any:
         """The fake twin of a batch: any nest of lists, tuples, dicts and tensors."""
+        self.rows.look(batch)
         return pytree.tree_map(lambda x: self.tensor(x) if isinstance(x, Tensor) else x, batch)
 
     def model(self, model: ModelT) -> ModelT:
@@ -67,12 +77,27 @@ class FakeWorld:
         Hooks, compressed layers, adapters and shared weights are copied with it. Gradients and
         optimizers are not.
         """
-        memo = {}
-        for tensor in [*model.parameters(), *model.buffers()]:
-            memo[id(tensor)] = self.tensor(tensor)
-        twin = copy.deepcopy(model, memo)  # outside of the mode: copying may look at real numbers
-        for module in twin.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor):  # held without being registered
-                    vars(module)[name] = self.tensor(value)
-        return twin
+        # Outside of the mode: copying a compressed layer looks at its real coefficients.
+        return copy.deepcopy(model, {id(t): self.tensor(t) for t in _held(model)})
+
+
+def skeleton(model: ModelT) -> ModelT:
+    """A copy of a model's structure on meta tensors, for code that cannot change fake ones.
+
+    (``module.to`` refuses to, and adapters call it.)
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _held(model):
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = twin
+    return copy.deepcopy(model, memo)
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that modules hold without registering them."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
