@@ -20,6 +20,17 @@ PROMISED = {
         "--dry-run",
     },
     "export": {"run", "--to", "--lora"},
+    "explain": {
+        "model",
+        "--batch",
+        "--seq",
+        "--targets",
+        "--groups",
+        "--sub-token-size",
+        "--dtype",
+        "--json",
+        "--chart",
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,6 +48,7 @@ def test_pending_coefficients_are_seen() -> None:
     assert summary(model).compressed["first"].pending
 
 
+@pytest.mark.filterwarnings("ignore:VeLoRA. compressing these layers frees no:UserWarning")
 def test_the_table_of_a_language_model() -> None:
     model = compress(llama(), VeloraConfig(targets=["v_proj", "down_proj"], num_groups=4))
     assert str(summary(model)).splitlines() == [

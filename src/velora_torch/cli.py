@@ -96,6 +96,50 @@ def export(
     typer.echo(export_run(run, to, lora))
 
 
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(help="A hub id, a folder, a config.json, or a preset such as llama-7b."),
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences or images of a batch.")] = 1,
+    seq: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Layers to compress; may be repeated.")
+    ] = None,
+    groups: Annotated[int | None, typer.Option(help="Numbers kept per token and layer.")] = None,
+    sub_token_size: Annotated[
+        int | None, typer.Option(help="Features for one kept number, instead of --groups.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    chart: Annotated[
+        Path | None, typer.Option(help="Draw plain next to VeLoRA into a .png or .svg file.")
+    ] = None,
+) -> None:
+    """Which layers keep how much for the backward pass, and what compressing really frees."""
+    import json
+
+    from velora_torch.config import VeloraConfig
+    from velora_torch.memory.explain_command import explain_named
+    from velora_torch.memory.ledger_chart import check_chart, draw
+
+    if chart is not None:
+        check_chart(chart)
+    wanted = targets or ["all-linear"]
+    config = VeloraConfig(
+        targets=wanted[0] if len(wanted) == 1 else wanted,
+        num_groups=groups,
+        sub_token_size=sub_token_size,
+    )
+    explained = explain_named(model, batch, seq, dtype, config)
+    if chart is not None:
+        draw(explained.what_if, chart, explained.title)
+    typer.echo(json.dumps(explained.to_dict(), indent=2) if as_json else str(explained))
+
+
 def main() -> None:
     """Run the command; a mistake of the user's is one message, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,6 +12,8 @@ from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer, compressed_class
 from velora_torch.layers.base import LIVE
 from velora_torch.layers.state import TENSORS
+from velora_torch.memory.freed import arm, disarm, foresee
+from velora_torch.recomputation import undo_recompute
 from velora_torch.selection import Chosen, select
 from velora_torch.stepping import retire, watch
 
@@ -40,6 +42,10 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
     Returns:
         The same model.
 
+    Warns:
+        UserWarning: compressing a layer that ``targets`` name frees no activations, since something
+            else keeps the same input. Known at once or after the model's first training forward.
+
     Raises:
         ValueError: the model is compressed already, a target matches nothing, or nothing can be
             compressed. The model is then unchanged, as it is after any other error.
@@ -61,6 +67,8 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
     chosen = select(model, config).chosen
     for layer in chosen:
         _check_free(layer)
+    # Who asks for everything asks for the small gradients of layers that free nothing too.
+    known = config.targets == "all-linear" or foresee(model, [layer.name for layer in chosen])
     watch()
     plain = [_Plain(layer.module) for layer in chosen]
     try:
@@ -73,6 +81,8 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
         for former in plain:
             former.bring_back()
         raise
+    if not known:
+        arm(model)
     return model
 
 
@@ -88,7 +98,7 @@ def restore(model: ModelT) -> ModelT:
 
     Nothing of velora is left in the model. Weights train again, so build a new optimizer.
     """
-    fold(model)
+    fold(disarm(model))
     for layer in compressed_layers(model).values():
         coef = layer._parameters["coef"]
         plain = layer.plain_class
@@ -96,7 +106,7 @@ def restore(model: ModelT) -> ModelT:
         layer.__class__ = plain  # type: ignore[assignment]
         if coef is not None:
             retire(coef)
-    return model
+    return undo_recompute(model)
 
 
 class _Plain:

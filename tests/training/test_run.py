@@ -187,6 +187,7 @@ def test_bad_data_leaves_no_folder(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:VeLoRA. compressing these layers frees no:UserWarning")
 @pytest.mark.parametrize("rounds", ["finished", "interrupted"])
 def test_export_of_a_full_run(recipe, tmp_path, rounds):
     frozen = "model.layers.*_proj"  # a regular expression

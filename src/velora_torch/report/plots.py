@@ -139,7 +139,7 @@ def _bar_figure(width: float, names: Sequence[str], legend_rows: int) -> tuple[F
     return figure, axes
 
 
-def _bar_label(axes: Axes, end: float, row: int, text: str) -> None:
+def _bar_label(axes: Axes, end: float, row: float, text: str) -> None:
     axes.annotate(
         text,
         (end, row),
