@@ -241,6 +241,8 @@ def _hub_config(name: str) -> PretrainedConfig:
 
     near = difflib.get_close_matches(name, PRESETS, 2, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"presets: {', '.join(PRESETS)}"
+    if "/" not in name and difflib.get_close_matches(name, PRESETS, 1, 0.9):
+        raise ValueError(f"no model {name!r}: {hint}")  # a slip: not worth asking the hub
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
