@@ -31,6 +31,20 @@ PROMISED = {
         "--json",
         "--chart",
     },
+    "plan": {
+        "--model",
+        "--budget",
+        "--method",
+        "--batch",
+        "--seq",
+        "--max-batch",
+        "--max-seq",
+        "--dtype",
+        "--device",
+        "--optimizer",
+        "--top",
+        "--json",
+    },
 }
 
 
@@ -97,3 +111,70 @@ def test_print_config_is_a_recipe(monkeypatch, capsys, tmp_path):
     _, again, _ = run(monkeypatch, capsys, "train", str(tmp_path / "whole.yaml"), "--print-config")
     assert "steps: 7" in output
     assert again == output
+
+
+# ------------------------------------------------------------------ plan
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("transformers")
+    from tests import tiny_models
+
+    config = tiny_models.llama().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def plan(monkeypatch, capsys, folder: str, *more: str) -> tuple[int, str, str]:
+    size = ("--batch", "2", "--seq", "16", "--optimizer", "adamw_fused", "--top", "1")
+    return run(monkeypatch, capsys, "plan", "--model", folder, *size, *more)
+
+
+def test_a_plan_is_a_table_and_a_recipe(monkeypatch, capsys, folder, tmp_path):
+    code, output, _ = plan(monkeypatch, capsys, folder, "--budget", "1GiB")
+    assert code == 0
+    assert "full, batch 2, 16 tokens, within 1.00 GiB" in output
+    for column in ("peak", "weights", "gradients", "optimizer", "saved", "logits", "temporary"):
+        assert column in output
+    (tmp_path / "recipe.yaml").write_text(output[output.index("model: ") :])
+    recipe = str(tmp_path / "recipe.yaml")
+    code, output, _ = run(monkeypatch, capsys, "train", recipe, "data.train=trec", "--print-config")
+    assert code == 0
+    assert "batch_size: 2\n" in output
+
+
+def test_a_plan_as_json_is_json_alone(monkeypatch, capsys, folder):
+    import json
+
+    code, output, _ = plan(monkeypatch, capsys, folder, "--budget", "1GiB", "--json")
+    assert code == 0
+    (candidate,) = json.loads(output)
+    assert candidate["peak_gib"] < 1
+    assert candidate["step_cost"] < 1
+    assert f"model: {folder}" in candidate["recipe"]
+
+
+def test_a_plan_that_fits_nothing(monkeypatch, capsys, folder):
+    code, output, errors = plan(monkeypatch, capsys, folder, "--budget", "70KiB", "--json")
+    assert code == 1
+    assert "Nothing fits. The smallest needs" in errors
+    assert output == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--budget", "24"), "cannot read the memory budget '24'"),
+        (("--budget", "1KiB"), "below the weights alone"),
+        (("--budget", "1GiB", "--method", "lroa"), "did you mean 'lora'"),
+        (("--budget", "1GiB", "--seq", "33"), "between 1 and 32"),
+    ],
+    ids=["budget", "weights", "method", "length"],
+)
+def test_mistakes_in_plans(monkeypatch, capsys, folder, more, message):
+    code, output, errors = plan(monkeypatch, capsys, folder, *more)
+    assert code == 2
+    assert message in errors
+    assert output == ""

@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+NOTHING_FITS = 1
 
 
 @app.callback()
@@ -64,6 +65,10 @@ def train(
     check_sources(loaded)
     if dry_run:
         typer.echo(loaded.describe())
+        if loaded.memory_budget is not None:
+            from velora_torch.training.budget import preview
+
+            preview(loaded, typer.echo)
         return
     from rich.console import Console
 
@@ -138,6 +143,61 @@ def explain(
     if chart is not None:
         draw(explained.what_if, chart, explained.title)
     typer.echo(json.dumps(explained.to_dict(), indent=2) if as_json else str(explained))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="A hub id, a folder, a config.json, or a preset such as llama-7b.")
+    ],
+    budget: Annotated[str, typer.Option(help="Memory there is, such as 24GiB.")],
+    method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences or images of a batch.")] = 1,
+    seq: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
+    ] = None,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="Search the largest batch that fits.")
+    ] = False,
+    max_seq: Annotated[
+        bool, typer.Option("--max-seq", help="Search the longest sequence that fits.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(help="An optimizer to try, the preferred one first; may be repeated."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """The fastest ways to train that fit into a memory budget; needs no GPU and no weights."""
+    from velora_torch.memory.plan import plan as make_plan
+    from velora_torch.memory.plan_table import as_printed
+
+    made = make_plan(
+        model,
+        method=method,
+        batch=batch,
+        seq=seq,
+        budget=budget,
+        dtype=dtype,
+        device=device,
+        optimizers=optimizer,
+        max_batch=max_batch,
+        max_seq=max_seq,
+        top=top,
+    )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps([candidate.to_dict() for candidate in made.candidates], indent=2))
+    else:
+        typer.echo(as_printed(made, sys.stdout), nl=False)
+    if not made.candidates:
+        if as_json:
+            typer.echo(str(made), err=True)
+        raise typer.Exit(NOTHING_FITS)
 
 
 def main() -> None:

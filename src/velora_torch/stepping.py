@@ -19,8 +19,8 @@ from torch.optim.optimizer import (
 )
 
 from velora_torch.layers.base import LIVE, CompressedLayer
-from velora_torch.layers.state import has_values
 from velora_torch.optimizers import Group, Rule, check_group, rule_for, settings, turn_moments
+from velora_torch.values import has_values
 
 Trained = list[tuple[CompressedLayer, Group]]
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
-from velora_torch.layers.state import TENSORS, LayerState, has_values
+from velora_torch.layers.state import TENSORS, LayerState
 from velora_torch.recomputation.deferred import plain
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import (
@@ -28,6 +28,7 @@ from velora_torch.subtoken.factored import (
     project,
 )
 from velora_torch.subtoken.folding import fold_
+from velora_torch.values import has_values
 
 LIVE: weakref.WeakSet[CompressedLayer] = weakref.WeakSet()
 """Every compressed layer alive: how an optimizer's step finds the layers it has trained."""

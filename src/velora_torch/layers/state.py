@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-
 from velora_torch.config import VeloraConfig
 
 TENSORS = ("vectors", "delta", "running", "turn", "sign_turn")
@@ -42,8 +39,3 @@ class LayerState:
     def counters(self) -> dict[str, Any]:
         """What a checkpoint needs besides the configuration."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers can be looked at: it is neither on meta nor fake."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

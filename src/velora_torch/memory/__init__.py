@@ -2,5 +2,15 @@
 
 from velora_torch.memory.count import StepBytes, measure_step, saved_bytes
 from velora_torch.memory.ledger import Ledger, WhatIf, explain
+from velora_torch.memory.plan import Plan, plan
 
-__all__ = ["Ledger", "StepBytes", "WhatIf", "explain", "measure_step", "saved_bytes"]
+__all__ = [
+    "Ledger",
+    "Plan",
+    "StepBytes",
+    "WhatIf",
+    "explain",
+    "measure_step",
+    "plan",
+    "saved_bytes",
+]

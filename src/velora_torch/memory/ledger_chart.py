@@ -73,7 +73,14 @@ def draw(what_if: WhatIf, path: Path, title: str) -> Path:
             printable(title, 80), x=0.01, ha="left", color=INK, weight="bold", parse_math=False
         )
         figure.legend(loc="outside lower left", ncols=2, handlelength=0.9, columnspacing=1.4)
-        figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+        figure.savefig(
+            path,
+            dpi=160,
+            facecolor="white",
+            bbox_inches="tight",
+            pad_inches=0.12,
+            metadata={"Date": None} if path.suffix.lower() == ".svg" else None,  # the same file
+        )
     return path
 
 

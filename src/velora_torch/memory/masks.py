@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from velora_torch.values import has_values
 
 
 @dataclass
@@ -27,9 +29,9 @@ class Rows:
             return
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            self.packed = not _has_data(positions) or bool((positions.diff(dim=-1) != 1).any())
+            self.packed = not has_values(positions) or bool((positions.diff(dim=-1) != 1).any())
         if isinstance(mask, Tensor):
-            self.padded = not _has_data(mask) or not bool(mask.bool().all())
+            self.padded = not has_values(mask) or not bool(mask.bool().all())
 
     @contextmanager
     def known(self) -> Iterator[None]:
@@ -40,9 +42,8 @@ class Rows:
         masking: Any = sys.modules.get("transformers.masking_utils")
         with ExitStack() as patches:
             if masking is not None and not self.packed:
-                find = masking.find_packed_sequence_indices
                 patches.enter_context(
-                    _replaced(masking, "find_packed_sequence_indices", _after(find))
+                    _replaced(masking, "find_packed_sequence_indices", _one_sequence(masking))
                 )
             if masking is not None and not self.padded:
                 for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
@@ -51,13 +52,17 @@ class Rows:
             yield
 
 
-def _has_data(tensor: Tensor) -> bool:
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+def _one_sequence(masking: Any) -> Any:
+    find = masking.find_packed_sequence_indices
 
-
-def _after(find: Any) -> Any:
-    def none(position_ids: Tensor) -> None:
-        find(position_ids)  # makes the same temporaries
+    def none(position_ids: Tensor) -> Tensor | None:
+        """Everything up to the look at the numbers, whose temporaries count too."""
+        with _replaced(masking, "is_tracing", lambda tensor=None: False):
+            try:
+                found: Tensor | None = find(position_ids)
+            except DataDependentOutputException:
+                return None
+            return found
 
     return none
 

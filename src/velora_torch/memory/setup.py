@@ -38,6 +38,8 @@ class Setup:
     """The loss is computed from the last hidden states in chunks; logits are never whole."""
     optimizer: str = "adamw"
     """One of ``memory.standin_optimizers.OPTIMIZERS``."""
+    galore_rank: int = 128
+    """Rank of the gradients' projection, with ``optimizer="galore_adamw"``."""
     accumulation: int = 1
     """Micro-batches of one optimizer step."""
     lora_rank: int = 16
@@ -50,9 +52,14 @@ class Setup:
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
         check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        for name in ("accumulation", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("accumulation", "lora_rank", "galore_rank", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}"
+            )
 
     @property
     def extrapolates(self) -> bool:
@@ -84,7 +91,7 @@ class Setup:
             )
         with inside:
             self._save_memory(model)
-            optimizer = make_optimizer(self.optimizer, model)
+            optimizer = make_optimizer(self.optimizer, model, self.galore_rank)
         for group in optimizer.param_groups:
             if "foreach" in group:
                 group["foreach"] = device == "cuda"
@@ -151,6 +158,8 @@ class Setup:
         if self.chunked_loss:
             parts.append("chunked loss")
         parts.append(self.optimizer)
+        if self.accumulation > 1:
+            parts.append(f"{self.accumulation} micro-batches")
         return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ for models of equal blocks; all others are simulated whole.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -27,8 +28,9 @@ from velora_torch.blocks import repeated_blocks
 from velora_torch.memory.architecture import Architecture, resolve
 from velora_torch.memory.fake import FakeWorld
 from velora_torch.memory.setup import Setup, dtype_named
+from velora_torch.memory.simulation import Coarseness, Simulation, where
 from velora_torch.memory.steps import Trace, track
-from velora_torch.memory.tracker import ByCategory, Flops, Peak
+from velora_torch.memory.tracker import Flops, Peak
 from velora_torch.overview import summary
 from velora_torch.subtoken import folding
 
@@ -38,88 +40,16 @@ ENDS = 2
 Model = str | Path | nn.Module | Any
 
 
+NO_FORM = (
+    UnsupportedOperatorException,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+"""What fake tensors raise for operators that need data."""
+
+
 class SimulationError(ValueError):
-    """A model cannot be simulated: an operator has no fake form."""
-
-
-@dataclass(frozen=True)
-class Coarseness:
-    """How much of the weight gradient is approximated."""
-
-    weights: int
-    """Trained weights whose gradient is coarse."""
-    trained: int
-    """All trained weights."""
-    kept: int
-    """Numbers that the coarse gradients have."""
-
-    @property
-    def share(self) -> float:
-        """Share of the trained weights whose gradient is coarse."""
-        return self.weights / self.trained if self.trained else 0.0
-
-    @property
-    def factor(self) -> float:
-        """How many times smaller a coarse gradient is (1.0 where there is none)."""
-        return self.weights / self.kept if self.kept else 1.0
-
-    def __str__(self) -> str:
-        """Such as ``96% of the weights, 1/128``."""
-        return f"{self.share:.0%} of the weights, 1/{self.factor:.0f}" if self.kept else "exact"
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What a training step holds at its largest moment, and what it computes."""
-
-    model: str
-    setup: Setup
-    batch: int | None
-    seq: int | None
-    device: str
-    peak_bytes: int
-    """The largest moment of the steps."""
-    peak: ByCategory
-    """That moment by category."""
-    peak_at: str
-    """The segment of that moment, such as ``backward, layers, last block``."""
-    weights: int
-    saved: int
-    """Saved activations and logits when a forward pass has ended."""
-    gradients: int
-    optimizer_state: int
-    flops: Flops
-    """Of one step."""
-    coarseness: Coarseness
-    segments: dict[str, int] = field(repr=False, default_factory=dict)
-    """The largest moment of each segment."""
-    simulated_depths: tuple[int, ...] = ()
-    """Depths that were simulated; empty: the whole model."""
-    estimated: tuple[str, ...] = ()
-    """What of it is arithmetic and not simulation."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready numbers."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["setup"] = self.setup.to_dict()
-        values["flops"] = {**vars(self.flops), "total": self.flops.total}
-        values["coarseness"] = vars(self.coarseness)
-        values["peak_gib"] = self.peak_bytes / 2**30
-        return values
-
-    def __str__(self) -> str:
-        """A short table."""
-        size = "" if self.batch is None else f", batch {self.batch}"
-        size += "" if self.seq is None else f" x {self.seq} tokens"
-        lines = [
-            f"{self.model}{size}: {self.setup}",
-            f"  peak              {_gib(self.peak_bytes)}  ({self.peak_at})",
-        ]
-        lines += [f"    {n.replace('_', ' '):18}{_gib(b)}" for n, b in self.peak.items() if b]
-        lines.append(f"  saved by forward  {_gib(self.saved)}")
-        lines.append(f"  gradients         {_gib(self.gradients)}")
-        lines += [f"  estimated: {mark}" for mark in self.estimated]
-        return "\n".join(lines)
+    """A model cannot be simulated: an operator has no fake form, or the batch does not fit."""
 
 
 def simulate(
@@ -162,6 +92,8 @@ def simulate(
     setup = Setup(**choices) if setup is None else setup
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
+    if seq is not None and not isinstance(batch, int):
+        raise ValueError(f"seq={seq} is for a number of examples; the batch given has its own")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     architecture = resolve(model)
@@ -213,8 +145,12 @@ class _Case:
             batch = self.architecture.batch(world, self.batch, self.seq)
         else:
             batch = world.batch(self.batch)
-        compute = self.loss or self.architecture.loss
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        if not tensors:
+            raise ValueError(
+                f"batch must be a number of examples, or a batch of tensors, got {self.batch!r}"
+            )
+        takes = ", ".join(inspect.signature(model.forward).parameters)
         try:
             model, optimizer = self.setup.apply(model, world, self.device)
             self.coarseness[depth] = _coarseness(model)
@@ -222,48 +158,65 @@ class _Case:
                 return track(
                     model,
                     optimizer if self.update else None,
-                    lambda: compute(model, batch),
+                    lambda: self.loss_of(model, batch, takes),
                     tensors,
                     blocks=dict(repeated_blocks(model)),
                     steps=self.steps,
                     accumulation=self.setup.accumulation,
                     vocab=self.architecture.vocab,
                 )
-        except (
-            UnsupportedOperatorException,
-            DataDependentOutputException,
-            DynamicOutputShapeException,
-        ) as error:
+        except NO_FORM as error:
             raise SimulationError(
                 f"{self.architecture.name} cannot be simulated: the operator {error.func} has no "
                 f"form without data. Leave out what needs it, or measure a real step with "
                 f"velora_torch.memory.measure_step"
             ) from error
 
+    def loss_of(self, model: nn.Module, batch: Any, takes: str) -> Tensor:
+        """The loss, or what is wrong with the batch."""
+        try:
+            value = (self.loss or self.architecture.loss)(model, batch)
+        except NO_FORM:
+            raise
+        except (TypeError, RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise SimulationError(
+                f"{self.architecture.name} does not run on this batch: {reason}. Its forward takes "
+                f"({takes}), the batch holds {_describe(batch)}. If a real batch of these shapes "
+                f"runs, an operator of the model has no form without data: then measure a real "
+                f"step with velora_torch.memory.measure_step"
+            ) from error
+        if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
+            raise ValueError(
+                f"the loss of {self.architecture.name} must be a 0-d tensor that depends on what "
+                f"is trained, got {_describe(value)}"
+            )
+        return value
+
     def result(self, trace: Trace, depths: tuple[int, ...]) -> Simulation:
         """The simulation's outcome."""
         at, top = max(trace.peaks.items(), key=lambda item: item[1].total)
         known = self.coarseness
         coarse = known[None] if None in known else self._extend_coarseness(depths)
-        marks = ("4-bit weights: bytes by arithmetic",) if self.setup.method == "qlora" else ()
+        counts = isinstance(self.batch, int)
         return Simulation(
             model=self.architecture.name,
             setup=self.setup,
-            batch=self.batch if isinstance(self.batch, int) else None,
-            seq=self.seq,
+            batch=self.batch if counts else None,
+            seq=self.architecture.seq(self.seq) if counts else None,
             device=self.device,
             peak_bytes=top.total,
             peak=top.by_category(),
-            peak_at=_where(at),
+            peak_at=where(at),
             weights=trace.weights,
             saved=trace.saved,
             gradients=trace.gradients,
             optimizer_state=trace.optimizer_state,
             flops=trace.flops,
             coarseness=coarse,
-            segments={name: peak.total for name, peak in trace.peaks.items()},
+            segments=trace.segments(),
             simulated_depths=depths,
-            estimated=marks,
+            estimated=_estimated(self.setup),
         )
 
     def _extend_coarseness(self, depths: tuple[int, ...]) -> Coarseness:
@@ -276,6 +229,26 @@ class _Case:
                 for f in fields(Coarseness)
             )
         )
+
+
+def _estimated(setup: Setup) -> tuple[str, ...]:
+    marks = []
+    if setup.method == "qlora":
+        marks.append("4-bit weights: bytes by arithmetic")
+    if setup.optimizer == "adamw_8bit":
+        marks.append("8-bit optimizer states: bytes by arithmetic")
+    return tuple(marks)
+
+
+def _describe(batch: Any) -> str:
+    """Names and shapes of a batch's tensors."""
+    found = pytree.tree_flatten_with_path(batch)[0]
+    parts = [
+        f"{pytree.keystr(path)} {tuple(x.shape)} {x.dtype}".strip()
+        for path, x in found
+        if isinstance(x, Tensor)
+    ]
+    return ", ".join(parts) or f"no tensor but {type(batch).__name__}"
 
 
 def _affine(shallow: int, deeper: int, periods: int) -> int:
@@ -315,19 +288,6 @@ def _coarseness(model: nn.Module) -> Coarseness:
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     inside = sum(layer.weights - layer.trainable for layer in factored)
     return Coarseness(weights, numbers + inside, kept)
-
-
-def _where(segment: str) -> str:
-    phase, _, place = segment.partition(":")
-    if not place:
-        return phase
-    blocks, _, part = place.rpartition("/")
-    part = {"before": "before its blocks", "after": "after its blocks"}.get(part, f"{part} block")
-    return f"{phase}, {blocks}, {part}"
-
-
-def _gib(number: int) -> str:
-    return f"{number / 2**30:8.3f} GiB"
 
 
 @contextmanager

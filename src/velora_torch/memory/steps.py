@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from velora_torch.blocks import BlockList
-from velora_torch.memory.tracker import Flops, Peak, Tracker
+from velora_torch.memory.tracker import AFTER_UPDATE, Flops, Peak, Tracker
 
 Loss = Callable[[], Tensor]
 
@@ -23,14 +23,27 @@ class Trace:
     """What some training steps held."""
 
     peaks: dict[str, Peak]
-    """The largest moment of each segment, such as ``backward:layers/last``."""
+    """The largest moment of each segment, such as ``backward:layers/last``.
+
+    The optimizer's step has one for each type of numbers and one for what follows the update, since
+    these differ in how they grow with a model's depth.
+    """
     weights: int
     saved: int
-    """Saved activations and logits at the end of a forward pass."""
+    """What is alive at the end of a forward pass besides weights, gradients and states: saved
+    activations and logits, the batch, and the loss itself (one block)."""
     gradients: int
     optimizer_state: int
     flops: Flops
     """Of one step."""
+
+    def segments(self) -> dict[str, int]:
+        """Largest bytes of each segment, with the optimizer's step as one."""
+        largest: dict[str, int] = {}
+        for name, peak in self.peaks.items():
+            name = "optimizer" if name.startswith("optimizer") else name
+            largest[name] = max(largest.get(name, 0), peak.total)
+        return largest
 
 
 def track(
@@ -73,7 +86,7 @@ def track(
                 del value
             gradients = tracker.totals()["gradients"]
             if optimizer is not None:
-                with tracker.phase("optimizer"):
+                with tracker.phase("optimizer"), _after_update(optimizer, tracker):
                     optimizer.step()
                 tracker.note_states(optimizer)
             tracker.note_weights(model)
@@ -88,6 +101,16 @@ def track(
         held["optimizer_state"],
         tracker.flops,
     )
+
+
+@contextmanager
+def _after_update(optimizer: Optimizer, tracker: Tracker) -> Iterator[None]:
+    """Tell the tracker when the update is done; an optimizer's own hooks run before global ones."""
+    handle = optimizer.register_step_post_hook(lambda *_: tracker.at(AFTER_UPDATE))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ rounds. What a storage *is* often shows only later: what survives the forward pa
 the backward pass, what ends in ``parameter.grad`` is a gradient. A block that changes its category
 changes it in every peak at which it was alive.
 
-Peaks are kept for each segment of a step (see :mod:`velora_torch.memory.segments`), because the
+Peaks are kept for each segment of a step (see :func:`velora_torch.memory.steps.track`), because the
 peak of a segment is an affine function of a model's depth, which the peak of the step is not.
 """
 
@@ -27,6 +27,10 @@ from torch.utils.flop_counter import flop_registry
 
 BLOCK = 512
 """Bytes in which the CUDA allocator hands out memory."""
+
+
+AFTER_UPDATE = "after the update"
+"""Place of what follows an optimizer's own step, such as folding."""
 
 
 class Category(IntEnum):
@@ -76,7 +80,10 @@ class Peak:
 
 @dataclass
 class Flops:
-    """Floating-point operations of a step's matrix products and attention, as torch counts them."""
+    """Floating-point operations of a step's matrix products and attention, as torch counts them.
+
+    Attention counts as a whole, causal or not; on fake and on CPU tensors as on a GPU.
+    """
 
     forward: int = 0
     recompute: int = 0
@@ -115,7 +122,7 @@ class Tracker(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         self.flops = Flops()
         self.saved = 0
-        """Bytes alive at the end of the last forward pass that were not before it."""
+        """Saved activations and logits alive at the end of the last forward pass."""
 
     # ------------------------------------------------------------------ what is known beforehand
 
@@ -201,14 +208,18 @@ class Tracker(TorchDispatchMode):
         """Run an operator and count what it made."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        backward = self._phase == "backward"
+        if self._phase == "optimizer" and self._place != AFTER_UPDATE:
+            self._place = _dtype(args) or self._place
+        # The gradient of the loss is made before autograd's engine runs.
+        backward = self._phase == "backward" and torch._C._current_graph_task_id() >= 0
         again = backward and (self._depth > 0 or torch.is_grad_enabled())
         if self._recomputing and not again:
             self._end_recompute()
         self._recomputing = again
         for tensor in _tensors(out):
             self._see(tensor, args)
-        packet = getattr(func, "_overloadpacket", None)
+        packet: Any = getattr(func, "_overloadpacket", None)
+        packet = _AS_ON_CUDA.get(packet, packet)
         if packet in flop_registry:
             self._count_flops(flop_registry[packet](*args, **kwargs, out_val=out), packet, args)
         return out
@@ -321,7 +332,21 @@ class Tracker(TorchDispatchMode):
         return any(self._all_weights((tensor,)) for tensor in _tensors(args))
 
 
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+def _dtype(args: tuple[Any, ...]) -> str:
+    """Optimizers update the parameters of one type after those of another."""
+    first = next(_tensors(args), None)
+    return "" if first is None else str(first.dtype)
+
+
+_ATEN = torch.ops.aten
+_PRODUCTS = (_ATEN.mm, _ATEN.addmm)
+_AS_ON_CUDA = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Attention on the CPU, which torch does not count, and what it counts on a GPU."""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

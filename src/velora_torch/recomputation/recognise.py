@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from velora_torch.recomputation.replay import replay
+from velora_torch.values import has_values
 
 PROBING_ERRORS = (TypeError, RuntimeError, ValueError, IndexError)
 """What a module raises that needs other inputs than one tensor (or another device)."""
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+_FOUND: dict[tuple[Any, ...], Finding] = {}
 
 Run = Callable[[Tensor], Any]
 
@@ -43,10 +48,32 @@ def is_candidate(module: nn.Module) -> bool:
 def inspect(module: nn.Module) -> Finding:
     """Run a candidate on small inputs: what it is, and whether there is anything to gain.
 
-    The module itself is not run, nor changed; neither is torch's random state.
+    The module itself is not run, nor changed; neither is torch's random state. Modules without
+    numbers of their own, as in a simulation, are run once for each class and its settings.
     """
     if "forward" in module.__dict__:
         return Finding(None, "its forward was replaced on this instance")
+    key = _decisive(module)
+    if key is None:
+        return _inspect(module)
+    if key not in _FOUND:
+        _FOUND[key] = _inspect(module)
+    return _FOUND[key]
+
+
+def _decisive(module: nn.Module) -> tuple[Any, ...] | None:
+    """All that decides how a module behaves; ``None`` where its numbers or other objects may."""
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    if any(t is not None and has_values(t) for _, t in tensors):
+        return None
+    settings = {key: value for key, value in vars(module).items() if key not in _REGISTRIES}
+    if not all(isinstance(value, _PLAIN) for value in settings.values()):
+        return None
+    layout = [(n, t if t is None else (t.shape, t.dtype, t.requires_grad)) for n, t in tensors]
+    return type(module), type(module).forward, tuple(settings.items()), tuple(layout)
+
+
+def _inspect(module: nn.Module) -> Finding:
     devices = sorted({p.device for p in module.parameters() if p.is_cuda}, key=str)
     with torch.random.fork_rng(devices), torch.enable_grad():
         try:
@@ -140,7 +167,7 @@ def _no_gain(module: nn.Module, kind: str) -> str:
     """
     like = next(iter([*module.parameters(), *module.buffers()]), None)
     dtype = torch.get_default_dtype() if like is None else like.dtype
-    real = like is not None and not (like.is_meta or isinstance(like, FakeTensor))
+    real = like is not None and has_values(like)
     device = like.device if like is not None and real else torch.device("cpu")
     twin = _twin(module, dtype, device)
     for copied, own in zip(twin.parameters(), module.parameters(), strict=True):
@@ -177,7 +204,7 @@ def _twin(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mod
         memo[id(parameter)] = nn.Parameter(1 + 0.25 * numbers)
     for buffer in module.buffers():
         kind = dtype if buffer.is_floating_point() else buffer.dtype
-        if buffer.is_meta or isinstance(buffer, FakeTensor):
+        if not has_values(buffer):
             memo[id(buffer)] = torch.ones(buffer.shape, dtype=kind, device=device)
         else:
             memo[id(buffer)] = buffer.detach().to(device, kind, copy=True)

@@ -123,6 +123,20 @@ class Memory:
 
 
 @dataclass
+class Prediction:
+    """What a plan predicted for the largest batch, before the run: see the history's peaks."""
+
+    budget_bytes: int
+    peak_bytes: int
+    """The largest moment of a step; on a CPU without the process's own memory."""
+    peak: dict[str, int] = field(default_factory=dict)
+    """That moment by category."""
+    step_cost: float = math.nan
+    """FLOPs of a step over those of a plain one."""
+    setup: str = ""
+
+
+@dataclass
 class StepSeconds:
     """Seconds of a training step over several repeats."""
 
@@ -169,6 +183,7 @@ class Results:
     memory: Memory | None = None
     compare: list[ComparisonRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prediction: Prediction | None = None
 
 
 def write_results(results: Results, path: str | os.PathLike[str]) -> None:

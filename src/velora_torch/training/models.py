@@ -8,6 +8,7 @@ from typing import Any
 
 from velora_torch.config import VeloraConfig
 from velora_torch.model import compress
+from velora_torch.recomputation import checkpoint_blocks, recompute
 from velora_torch.training.assets import AssetError, resolve_model
 from velora_torch.training.schema import Recipe
 
@@ -102,6 +103,28 @@ def compress_for(recipe: Recipe, model: Any) -> Any:
     return model
 
 
+def save_memory(recipe: Recipe, model: Any) -> Any:
+    """Recompute, compress and checkpoint as the recipe says.
+
+    Checkpointing of all blocks is the trainer's.
+    """
+    train = recipe.train
+    if train.recompute or train.chunked_loss:
+        recompute(
+            model, norms=train.recompute, activations=train.recompute, loss=train.chunked_loss
+        )
+    compress_for(recipe, model)
+    every = train.gradient_checkpointing
+    if every and every is not True:
+        try:
+            checkpoint_blocks(model, every)
+        except ValueError as error:
+            raise ModelError(f"train.gradient_checkpointing: {_first(error)}") from None
+        if recipe.method != "full":
+            model.enable_input_require_grads()
+    return model
+
+
 def _with_adapters(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -109,7 +132,7 @@ def _with_adapters(model: Any, recipe: Recipe) -> Any:
     if recipe.method == "qlora":
         # Gradient checkpointing is the trainer's; embeddings' outputs need a gradient for it.
         model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=recipe.train.gradient_checkpointing
+            model, use_gradient_checkpointing=recipe.train.gradient_checkpointing is True
         )
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -22,6 +22,7 @@ from velora_torch.report.results import (
     read_results,
     write_results,
 )
+from velora_torch.training import budget
 from velora_torch.training.data import PreparedData, check_context, prepare
 from velora_torch.training.folder import RunFolder
 from velora_torch.training.recipe import Recipe
@@ -53,6 +54,8 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     start = time.perf_counter()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     folder = RunFolder(recipe.train.output)
+    if options.resume and recipe.memory_budget is not None and folder.recipe.is_file():
+        recipe = budget.as_started(recipe, folder.load_recipe())
     checkpoint = folder.check(recipe, options.resume, options.overwrite)
 
     from velora_torch.training import models
@@ -63,13 +66,17 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     say("preparing the data")
     data = prepare(recipe, tokenizer)
     say(describe_data(data))
+    prediction = None
+    if recipe.memory_budget is not None:
+        recipe, prediction = budget.fit(recipe, data, say)
     say(f"loading {recipe.model}")
     model = _place(models.load_model(recipe, say))
     former = _former_results(folder, checkpoint)
     before = None if former is None else former.before
+    prediction = prediction or (None if former is None else former.prediction)
     if recipe.evaluate.before and checkpoint is None:
         before = _evaluate(recipe, model, tokenizer, data, say, "before training")
-    models.compress_for(recipe, model)
+    models.save_memory(recipe, model)
     info = _describe_model(recipe, model)
     say(str(summary(model)) if recipe.velora else "training without compression")
 
@@ -113,6 +120,7 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
         memory=record.memory,
         compare=compare,
         notes=notes,
+        prediction=prediction,
     )
     _write(results, folder)
     return results

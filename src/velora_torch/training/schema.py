@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from velora_torch.memory.budget import parse_budget
+
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Targets = str | Annotated[list[str], Field(min_length=1)]
@@ -232,8 +234,12 @@ class TrainSection(Section):
     """Gradients are clipped to this norm; 0 leaves them."""
     seed: Natural = 0
     """Seed of the order of examples, dropout and new weights."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of saving them."""
+    gradient_checkpointing: bool | Positive = False
+    """Compute activations twice instead of saving them; a number n: those of 1 block in n."""
+    recompute: bool = False
+    """Norms and activation functions save only their input, and are computed again."""
+    chunked_loss: bool = False
+    """Compute the loss in chunks, so that the logits never exist as a whole."""
     autocast: bool = False
     """Mixed precision: compute in bfloat16 (float16 with float16 weights) under autocast."""
     log_every: Positive = 10
@@ -248,6 +254,8 @@ class TrainSection(Section):
     """Write TensorBoard logs."""
     group_by_length: bool = False
     """Put examples of similar length into one batch: less padding."""
+    longest_first: bool = False
+    """Begin with the longest example: if a batch is too large for the memory, the first one is."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
@@ -293,6 +301,8 @@ class Recipe(Section):
     """Precision of the weights."""
     method: Literal["full", "lora", "qlora"] = "full"
     """Train all weights, LoRA adapters, or LoRA adapters on a 4-bit base."""
+    memory_budget: str | Positive | None = None
+    """Such as 24GiB: settings that save memory and are not given are chosen so that it fits."""
     velora: VeloraSection | None = Field(default_factory=VeloraSection)
     """Compression; null trains without."""
     lora: LoraSection | None = None
@@ -307,6 +317,23 @@ class Recipe(Section):
     """Evaluation before and after."""
     compare: CompareSection | None = None
     """Plain and VeLoRA steps side by side at the end; null: not measured."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _is_size(cls, budget: str | int | None) -> str | int | None:
+        if budget is not None:
+            parse_budget(budget)
+        return budget
+
+    @model_validator(mode="after")
+    def _budget_can_be_planned(self) -> Self:
+        if self.memory_budget is None:
+            return self
+        if self.train.autocast:
+            fail("memory_budget", "cannot be planned with train.autocast, which is not simulated")
+        if self.compare is not None and "velora" not in self.model_fields_set:
+            fail("memory_budget", "may choose to train without velora, which compare needs; set it")
+        return self
 
     @model_validator(mode="after")
     def _method_and_sections(self) -> Self:
@@ -332,46 +359,6 @@ class Recipe(Section):
 
     def describe(self) -> str:
         """Summarise the run in a few lines of plain text."""
-        data, train, evaluate = self.data, self.train, self.evaluate
-        if train.steps is not None:
-            duration = f"{train.steps} steps"
-        else:
-            duration = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
-        batch = f"{train.batch_size} sequences"
-        if train.accumulation > 1:
-            batch = f"{train.batch_size} × {train.accumulation} sequences"
-        held_out = data.eval or data.eval_split or "its own split, or split off"
-        when = [name for name in ("before", "after") if getattr(evaluate, name)]
-        rows = {
-            "model": f"{self.model}, {self.dtype} weights",
-            "method": self._describe_method(),
-            "velora": self._describe_velora(),
-            "data": f"{data.train} (held out: {held_out}), at most {data.max_length} tokens"
-            + (", packed" if data.packing else ""),
-            "template": data.template.replace("\n", "\\n"),
-            "training": f"{duration} of {batch}, {train.optimizer}, learning rate "
-            f"{train.learning_rate:g} ({train.schedule}), seed {train.seed}"
-            + (", gradient checkpointing" if train.gradient_checkpointing else "")
-            + (", autocast" if train.autocast else ""),
-            "evaluation": f"{' and '.join(when) or 'none'}"
-            + (f", {evaluate.metric}" if when else ""),
-            "output": train.output,
-        }
-        return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
+        from velora_torch.training.describe import describe
 
-    def _describe_method(self) -> str:
-        text = {"full": "full-parameter training", "lora": "LoRA", "qlora": "LoRA on a 4-bit base"}
-        suffix = ""
-        if self.lora is not None:
-            suffix = f", rank {self.lora.r}, alpha {self.lora.alpha:g}"
-        if self.quantization is not None:
-            suffix += f", {self.quantization.type}"
-        return text[self.method] + suffix
-
-    def _describe_velora(self) -> str:
-        if self.velora is None:
-            return "off: plain training"
-        rest = {k: v for k, v in self.velora.to_kwargs().items() if k != "targets"}
-        settings = ", ".join(f"{k}={v}" for k, v in rest.items()) or "default settings"
-        targets = self.velora.targets
-        return f"{targets if isinstance(targets, str) else ', '.join(targets)}: {settings}"
+        return describe(self)

@@ -19,6 +19,7 @@ from velora_torch.memory.count import optimizer_state_bytes, saved_bytes, unique
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
+from velora_torch.training.order import LongestFirst
 from velora_torch.training.schema import Recipe
 
 
@@ -38,6 +39,13 @@ class RecordingMixin(VeloraTrainerMixin):
 
     record: Record
     optimizer: Any
+    longest_first: bool = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.longest_first:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        return LongestFirst.of(dataset, self.args)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """One forward and backward pass."""
@@ -164,7 +172,8 @@ def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
         "adam_epsilon": train.eps,
         "max_grad_norm": train.max_grad_norm,
         "seed": train.seed,
-        "activation_checkpointing": train.gradient_checkpointing,
+        # One block in n is not the trainer's business: models.save_memory does it.
+        "activation_checkpointing": train.gradient_checkpointing is True,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": train.autocast and recipe.dtype != "float16",
@@ -217,4 +226,5 @@ def build_trainer(
 
     trainer.remove_callback(PrinterCallback)
     trainer.record = record
+    trainer.longest_first = recipe.train.longest_first
     return trainer

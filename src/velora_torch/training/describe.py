@@ -1,0 +1,71 @@
+"""A recipe in a few lines of plain text."""
+
+from __future__ import annotations
+
+from velora_torch.training.schema import Recipe, TrainSection
+
+
+def describe(recipe: Recipe) -> str:
+    """Summarise a run."""
+    data, train, evaluate = recipe.data, recipe.train, recipe.evaluate
+    if train.steps is not None:
+        duration = f"{train.steps} steps"
+    else:
+        duration = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
+    batch = f"{train.batch_size} sequences"
+    if train.accumulation > 1:
+        batch = f"{train.batch_size} × {train.accumulation} sequences"
+    held_out = data.eval or data.eval_split or "its own split, or split off"
+    when = [name for name in ("before", "after") if getattr(evaluate, name)]
+    rows = {
+        "model": f"{recipe.model}, {recipe.dtype} weights",
+        "method": _method(recipe),
+        "velora": _velora(recipe),
+        "data": f"{data.train} (held out: {held_out}), at most {data.max_length} tokens"
+        + (", packed" if data.packing else ""),
+        "template": data.template.replace("\n", "\\n"),
+        "training": f"{duration} of {batch}, {train.optimizer}, learning rate "
+        f"{train.learning_rate:g} ({train.schedule}), seed {train.seed}"
+        + "".join(f", {saving}" for saving in _savings(train))
+        + (", autocast" if train.autocast else ""),
+        "evaluation": f"{' and '.join(when) or 'none'}" + (f", {evaluate.metric}" if when else ""),
+        "output": train.output,
+    }
+    if recipe.memory_budget is not None:
+        rows["memory"] = f"at most {recipe.memory_budget}: savings that are not given are planned"
+    return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
+
+
+def _savings(train: TrainSection) -> list[str]:
+    """What saves memory exactly, in words."""
+    every = train.gradient_checkpointing
+    words = []
+    if every:
+        few = every is not True and every > 1
+        words.append("gradient checkpointing" + (f" of 1 block in {every}" if few else ""))
+    if train.recompute:
+        words.append("recomputed norms and activations")
+    if train.chunked_loss:
+        words.append("chunked loss")
+    return words
+
+
+def _method(recipe: Recipe) -> str:
+    text = {"full": "full-parameter training", "lora": "LoRA", "qlora": "LoRA on a 4-bit base"}
+    suffix = ""
+    if recipe.lora is not None:
+        suffix = f", rank {recipe.lora.r}, alpha {recipe.lora.alpha:g}"
+    if recipe.quantization is not None:
+        suffix += f", {recipe.quantization.type}"
+    return text[recipe.method] + suffix
+
+
+def _velora(recipe: Recipe) -> str:
+    if recipe.memory_budget is not None and "velora" not in recipe.model_fields_set:
+        return "as planned"
+    if recipe.velora is None:
+        return "off: plain training"
+    rest = {k: v for k, v in recipe.velora.to_kwargs().items() if k != "targets"}
+    settings = ", ".join(f"{k}={v}" for k, v in rest.items()) or "default settings"
+    targets = recipe.velora.targets
+    return f"{targets if isinstance(targets, str) else ', '.join(targets)}: {settings}"
