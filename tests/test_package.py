@@ -19,6 +19,11 @@ def test_public_names_are_exactly_the_promised_ones() -> None:
     assert isinstance(velora_torch.memory, types.ModuleType)
 
 
+def test_recompute_is_there_though_not_promised() -> None:
+    assert callable(velora_torch.recompute)
+    assert {"explain", "plan", "simulate"} <= set(velora_torch.memory.__all__)
+
+
 def test_version_is_that_of_the_distribution() -> None:
     from importlib.metadata import version
 

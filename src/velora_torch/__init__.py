@@ -10,6 +10,7 @@ from velora_torch.config import VeloraConfig
 from velora_torch.export import export_lora
 from velora_torch.model import compress, fold, restore
 from velora_torch.overview import summary
+from velora_torch.recomputation import recompute as recompute
 
 __all__ = [
     "VeloraConfig",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -200,9 +202,16 @@ def plan(
         raise typer.Exit(NOTHING_FITS)
 
 
+def _quiet() -> None:
+    """Silence what the libraries below say to their own developers."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command; a mistake of the user's is one message, never a traceback."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _quiet()
     try:
         app()
     except KeyboardInterrupt:

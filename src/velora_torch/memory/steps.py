@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from velora_torch.blocks import BlockList
+from velora_torch.memory.standins import is_bitsandbytes
 from velora_torch.memory.tracker import AFTER_UPDATE, Flops, Peak, Tracker
 
 Loss = Callable[[], Tensor]
@@ -73,6 +74,7 @@ def track(
     tracker = Tracker(vocab)
     gradients = 0
     with tracker.watch(model, batch), _places(tracker, blocks or {}), tracker:
+        tracker.note_weights(model, _scales(model))
         if optimizer is not None:
             tracker.note_states(optimizer)
         tracker.peaks.clear()
@@ -101,6 +103,17 @@ def track(
         held["optimizer_state"],
         tracker.flops,
     )
+
+
+def _scales(model: nn.Module) -> Iterator[Tensor]:
+    """What 4-bit layers of bitsandbytes hold besides parameters and buffers."""
+    module: Any
+    for module in model.modules():
+        if is_bitsandbytes(module):
+            state = module.weight.quant_state
+            yield from (state.absmax, state.code)
+            if state.nested:
+                yield from (state.offset, state.state2.absmax, state.state2.code)
 
 
 @contextmanager

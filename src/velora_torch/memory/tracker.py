@@ -147,9 +147,9 @@ class Tracker(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def note_weights(self, model: nn.Module) -> None:
-        """Label parameters and buffers; again after a step that replaces buffers."""
-        for tensor in [*model.parameters(), *model.buffers()]:
+    def note_weights(self, model: nn.Module, more: Iterable[Tensor] = ()) -> None:
+        """Label parameters, buffers and ``more``; again after a step that replaces buffers."""
+        for tensor in [*model.parameters(), *model.buffers(), *more]:
             self._label(tensor.detach(), Category.WEIGHTS)
 
     def note_states(self, optimizer: Optimizer) -> None:
@@ -227,7 +227,7 @@ class Tracker(TorchDispatchMode):
     def _see(self, tensor: Tensor, args: tuple[Any, ...]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or tensor.is_meta:  # a layout, which has no memory
             return
         size = storage.nbytes()
         category = Category.TEMPORARY
