@@ -18,8 +18,8 @@ import torch
 from simulated_rows import GIB, Row, Tables, as_row, gib, markdown, read_rows, update
 from tiny_lm import write_rows
 from velora_torch import VeloraConfig
-from velora_torch.memory.presets import preset
-from velora_torch.memory.simulate import simulate
+from velora_torch.memory.simulator.presets import preset
+from velora_torch.memory.simulator.simulate import simulate
 from velora_torch.recomputation import recompute
 
 HERE = Path(__file__).parent

@@ -27,13 +27,13 @@ from torch.optim import Optimizer
 
 import velora_torch as velora
 from velora_torch.blocks import repeated_blocks
-from velora_torch.memory.architecture import Architecture, resolve
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.presets import preset
-from velora_torch.memory.setup import Setup, dtype_named
-from velora_torch.memory.simulate import simulate
-from velora_torch.memory.steps import track
-from velora_torch.memory.task import auto_class, choose_task
+from velora_torch.memory.simulator.architecture import Architecture, resolve
+from velora_torch.memory.simulator.presets import preset
+from velora_torch.memory.simulator.setup import Setup, dtype_named
+from velora_torch.memory.simulator.simulate import simulate
+from velora_torch.memory.simulator.steps import track
+from velora_torch.memory.simulator.task import auto_class, choose_task
 
 STEPS = 2
 PACKAGED = "smollm2-135m-instruct"

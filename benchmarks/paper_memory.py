@@ -22,7 +22,7 @@ from paper_memory_tables import tables
 from simulated_rows import GIB, Row, held, read_rows, update
 from tiny_lm import write_rows
 from velora_torch import VeloraConfig
-from velora_torch.memory.presets import preset
+from velora_torch.memory.simulator.presets import preset
 
 HERE = Path(__file__).parent
 ROWS = HERE / "results" / "paper_memory.jsonl"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from velora_torch.memory.simulate import Simulation, simulate
+from velora_torch.memory.simulator.simulate import Simulation, simulate
 
 GIB = 2**30
 Row = dict[str, Any]

@@ -130,8 +130,8 @@ def explain(
     import json
 
     from velora_torch.config import VeloraConfig
-    from velora_torch.memory.explain_command import explain_named
-    from velora_torch.memory.ledger_chart import check_chart, draw
+    from velora_torch.memory.ledger.chart import check_chart, draw
+    from velora_torch.memory.ledger.command import explain_named
 
     if chart is not None:
         check_chart(chart)
@@ -174,8 +174,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """The fastest ways to train that fit into a memory budget; needs no GPU and no weights."""
-    from velora_torch.memory.plan import plan as make_plan
-    from velora_torch.memory.plan_table import as_printed
+    from velora_torch.memory.planner.plan import plan as make_plan
+    from velora_torch.memory.planner.table import as_printed
 
     made = make_plan(
         model,

@@ -1,11 +1,11 @@
 """Where the memory of a training step goes: counted, explained, simulated, planned."""
 
 from velora_torch.memory.count import StepBytes, measure_step, saved_bytes
-from velora_torch.memory.ledger import Ledger, WhatIf, explain
-from velora_torch.memory.plan import Plan, plan
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import simulate
-from velora_torch.memory.simulation import Simulation
+from velora_torch.memory.ledger.ledger import Ledger, WhatIf, explain
+from velora_torch.memory.planner.plan import Plan, plan
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import simulate
+from velora_torch.memory.simulator.simulation import Simulation
 
 __all__ = [
     "Ledger",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from velora_torch.memory.masks import Rows
+from velora_torch.memory.simulator.masks import Rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

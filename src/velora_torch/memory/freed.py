@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from velora_torch.blocks import repeated_blocks
 from velora_torch.layers import CompressedLayer, linear_shape, uncompressible
-from velora_torch.memory.saves import any_block, beside
+from velora_torch.memory.ledger.saves import any_block, beside
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Useless = dict[str, tuple[str, ...]]
@@ -102,8 +102,8 @@ def _sharing_is_likely(model: nn.Module, targets: Sequence[str]) -> bool:
 def _from_ledger(model: nn.Module, targets: Sequence[str]) -> Useless | None:
     """What a ledger of the model's first blocks says; ``None`` if its dummy batch won't run."""
     from velora_torch.memory.fake import skeleton
-    from velora_torch.memory.ledger import useless_targets
-    from velora_torch.memory.rehearsal import FakeRehearsal
+    from velora_torch.memory.ledger.ledger import useless_targets
+    from velora_torch.memory.ledger.rehearsal import FakeRehearsal
 
     small = disarm(skeleton(model))
     for _, blocks in repeated_blocks(small):

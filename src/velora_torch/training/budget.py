@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from velora_torch.config import VeloraConfig
-from velora_torch.memory.budget import gib
-from velora_torch.memory.candidates import RECIPE_OPTIMIZERS, Candidate
-from velora_torch.memory.plan import Plan, plan
-from velora_torch.memory.plan_table import nothing_fits
+from velora_torch.memory.planner.budget import gib
+from velora_torch.memory.planner.candidates import RECIPE_OPTIMIZERS, Candidate
+from velora_torch.memory.planner.plan import Plan, plan
+from velora_torch.memory.planner.table import nothing_fits
 from velora_torch.report.results import Prediction
 from velora_torch.training.assets import resolve_model
 from velora_torch.training.data import PreparedData, check_context, prepare

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from velora_torch.config import VeloraConfig
-from velora_torch.memory.presets import PRESETS
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import Coarseness, Simulation
+from velora_torch.memory.simulator.presets import PRESETS
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import Coarseness, Simulation
 
 RECIPE_OPTIMIZERS = {
     "adamw": "adamw_torch",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.tracker import ByCategory, Flops
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.tracker import ByCategory, Flops
 
 
 @dataclass(frozen=True)

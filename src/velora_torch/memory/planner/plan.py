@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from velora_torch.config import check_choice
-from velora_torch.memory import plan_table
-from velora_torch.memory.architecture import Architecture, resolve
-from velora_torch.memory.budget import gib, parse_budget
-from velora_torch.memory.candidates import Candidate, source_of
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.largest import TOKENS, Axis, ranked, verified
-from velora_torch.memory.predictor import Predictor, Size
-from velora_torch.memory.search import Search
-from velora_torch.memory.setup import Setup, dtype_named
-from velora_torch.memory.simulate import Model, Simulation
-from velora_torch.memory.space import SAVINGS, Holdings, make_space
+from velora_torch.memory.planner import table as plan_table
+from velora_torch.memory.planner.budget import gib, parse_budget
+from velora_torch.memory.planner.candidates import Candidate, source_of
+from velora_torch.memory.planner.largest import TOKENS, Axis, ranked, verified
+from velora_torch.memory.planner.predictor import Predictor, Size
+from velora_torch.memory.planner.search import Search
+from velora_torch.memory.planner.space import SAVINGS, Holdings, make_space
+from velora_torch.memory.simulator.architecture import Architecture, resolve
+from velora_torch.memory.simulator.setup import Setup, dtype_named
+from velora_torch.memory.simulator.simulate import Model, Simulation
 from velora_torch.recomputation import checkpointable
 
 TOP = 5

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from velora_torch.config import VeloraConfig
-from velora_torch.memory.predictor import Predictor, Size
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import Simulation
-from velora_torch.memory.space import Holdings, Saving, Space
+from velora_torch.memory.planner.predictor import Predictor, Size
+from velora_torch.memory.planner.space import Holdings, Saving, Space
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import Simulation
 
 SURE = 0.98
 """Share of what should be saved that certainly is: blocks may share what they save."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from velora_torch.memory.freed import TargetWarning, disarm
-from velora_torch.memory.rehearsal import FakeRehearsal, Loss, Rehearsal, check_arguments
-from velora_torch.memory.saves import Holder, Saved
+from velora_torch.memory.ledger.rehearsal import FakeRehearsal, Loss, Rehearsal, check_arguments
+from velora_torch.memory.ledger.saves import Holder, Saved
 
 if TYPE_CHECKING:
     from velora_torch.config import Targets
@@ -112,7 +112,7 @@ class Ledger:
 
     def __str__(self) -> str:
         """A table: equal rows of repeated blocks are counted, not repeated."""
-        from velora_torch.memory.ledger_table import ledger_text
+        from velora_torch.memory.ledger.table import ledger_text
 
         return ledger_text(self)
 
@@ -159,7 +159,7 @@ class WhatIf:
 
     def __str__(self) -> str:
         """A summary: equal reasons of repeated blocks are counted, not repeated."""
-        from velora_torch.memory.ledger_table import what_if_text
+        from velora_torch.memory.ledger.table import what_if_text
 
         return what_if_text(self)
 

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.blocks import cut, repeated_blocks, uniform_depth
-from velora_torch.memory.architecture import Architecture, resolve
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.presets import PRESETS
-from velora_torch.memory.standins import Linear4bit, layer_bytes
+from velora_torch.memory.simulator.architecture import Architecture, resolve
+from velora_torch.memory.simulator.four_bit import Linear4bit, layer_bytes
+from velora_torch.memory.simulator.presets import PRESETS
 
-from .. import tiny_models
+from ... import tiny_models
 
 pytest.importorskip("transformers")
 

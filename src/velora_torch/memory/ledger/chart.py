@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from velora_torch.report.quantities import format_bytes
 
 if TYPE_CHECKING:
-    from velora_torch.memory.ledger import WhatIf
+    from velora_torch.memory.ledger.ledger import WhatIf
 
 FORMATS = (".png", ".svg")
 MOST_KINDS = 9

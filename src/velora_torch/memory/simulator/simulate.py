@@ -25,12 +25,12 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from velora_torch.blocks import repeated_blocks
-from velora_torch.memory.architecture import Architecture, resolve
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.setup import Setup, dtype_named
-from velora_torch.memory.simulation import Coarseness, Simulation, where
-from velora_torch.memory.steps import Trace, track
-from velora_torch.memory.tracker import Flops, Peak
+from velora_torch.memory.simulator.architecture import Architecture, resolve
+from velora_torch.memory.simulator.setup import Setup, dtype_named
+from velora_torch.memory.simulator.simulation import Coarseness, Simulation, where
+from velora_torch.memory.simulator.steps import Trace, track
+from velora_torch.memory.simulator.tracker import Flops, Peak
 from velora_torch.overview import summary
 from velora_torch.subtoken import folding
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.tracker import BLOCK, Tracker
+from velora_torch.memory.simulator.tracker import BLOCK, Tracker
 
 T, D, H, O, G = 24, 16, 32, 8, 4  # noqa: E741
 KIB = 1024

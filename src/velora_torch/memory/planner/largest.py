@@ -11,10 +11,10 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from velora_torch.memory.predictor import Predictor, Size
-from velora_torch.memory.search import Search
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import Simulation
+from velora_torch.memory.planner.predictor import Predictor, Size
+from velora_torch.memory.planner.search import Search
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import Simulation
 
 MOST_EXAMPLES = 65536
 MOST_TOKENS = 2**20

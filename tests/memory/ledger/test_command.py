@@ -16,7 +16,7 @@ from torch import nn
 from tests.tiny_models import llama
 from velora_torch import cli
 from velora_torch.memory import explain
-from velora_torch.memory.ledger_chart import MOST_KINDS, _kinds, draw
+from velora_torch.memory.ledger.chart import MOST_KINDS, _kinds, draw
 
 
 @pytest.fixture

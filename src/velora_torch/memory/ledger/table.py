@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from velora_torch.memory.saves import Holder, Saved, any_block
+from velora_torch.memory.ledger.saves import Holder, Saved, any_block
 from velora_torch.report.quantities import format_bytes
 
 if TYPE_CHECKING:
-    from velora_torch.memory.ledger import Ledger, WhatIf
+    from velora_torch.memory.ledger.ledger import Ledger, WhatIf
 
 MOST_LINES = 30
 """Lines of a table; what is smaller is summed up in one more."""

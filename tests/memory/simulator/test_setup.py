@@ -12,11 +12,11 @@ from torch import nn
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.setup import Setup, dtype_named
-from velora_torch.memory.standins import Linear4bit
+from velora_torch.memory.simulator.four_bit import Linear4bit
+from velora_torch.memory.simulator.setup import Setup, dtype_named
 from velora_torch.recomputation import recomputed
 
-from .. import tiny_models
+from ... import tiny_models
 
 pytest.importorskip("transformers")
 # PEFT asks transformers under a name that is deprecated.

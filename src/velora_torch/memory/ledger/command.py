@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from velora_torch.config import VeloraConfig
-from velora_torch.memory.architecture import resolve
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.ledger import Ledger, WhatIf, explain
-from velora_torch.memory.setup import dtype_named
+from velora_torch.memory.ledger.ledger import Ledger, WhatIf, explain
+from velora_torch.memory.simulator.architecture import resolve
+from velora_torch.memory.simulator.setup import dtype_named
 from velora_torch.selection import select
 
 
@@ -40,7 +40,7 @@ def explain_named(
     """Explain a model that is known by name or configuration; no weights are loaded.
 
     Args:
-        model: what :func:`velora_torch.memory.architecture.resolve` takes.
+        model: what :func:`velora_torch.memory.simulator.architecture.resolve` takes.
         batch: sequences or images.
         seq: tokens of a sequence; ``None`` for the model's own.
         dtype: type of the weights, such as ``bfloat16``.

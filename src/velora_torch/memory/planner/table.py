@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TextIO
 
-from velora_torch.memory.budget import gib
+from velora_torch.memory.planner.budget import gib
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from velora_torch.memory.candidates import Candidate
-    from velora_torch.memory.plan import Plan
+    from velora_torch.memory.planner.candidates import Candidate
+    from velora_torch.memory.planner.plan import Plan
 
 CATEGORIES = {
     "weights": "weights",

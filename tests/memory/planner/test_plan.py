@@ -15,18 +15,18 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from velora_torch import VeloraConfig
-from velora_torch.memory import search as searching
-from velora_torch.memory.architecture import resolve
-from velora_torch.memory.budget import gib, parse_budget
-from velora_torch.memory.candidates import RECIPE_OPTIMIZERS, Candidate
-from velora_torch.memory.largest import largest
-from velora_torch.memory.plan import Plan, plan
-from velora_torch.memory.predictor import Predictor, Size
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import SimulationError, simulate
-from velora_torch.memory.space import Holdings, layer_sets
+from velora_torch.memory.planner import search as searching
+from velora_torch.memory.planner.budget import gib, parse_budget
+from velora_torch.memory.planner.candidates import RECIPE_OPTIMIZERS, Candidate
+from velora_torch.memory.planner.largest import largest
+from velora_torch.memory.planner.plan import Plan, plan
+from velora_torch.memory.planner.predictor import Predictor, Size
+from velora_torch.memory.planner.space import Holdings, layer_sets
+from velora_torch.memory.simulator.architecture import resolve
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import SimulationError, simulate
 
-from .. import tiny_models
+from ... import tiny_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -163,7 +163,7 @@ def test_nothing_that_fits_is_missed(
     brute_force: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        "velora_torch.memory.space._configs", lambda model, method: [None, COMPRESSED]
+        "velora_torch.memory.planner.space._configs", lambda model, method: [None, COMPRESSED]
     )
     peaks = {name: s.peak_bytes for name, s in brute_force.items()}
     budget = int(share * max(peaks.values()))

@@ -14,12 +14,12 @@ from velora_torch import VeloraConfig
 from velora_torch.blocks import repeated_blocks
 from velora_torch.memory.count import measure_step
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.standins import layer_bytes
-from velora_torch.memory.steps import Trace, track
-from velora_torch.memory.tracker import BLOCK
+from velora_torch.memory.simulator.four_bit import layer_bytes
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.steps import Trace, track
+from velora_torch.memory.simulator.tracker import BLOCK
 
-from .. import tiny_models
+from ... import tiny_models
 
 pytest.importorskip("transformers")
 # PEFT asks transformers under a name that is deprecated.

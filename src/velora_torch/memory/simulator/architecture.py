@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from velora_torch import blocks
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.presets import PRESETS, preset
-from velora_torch.memory.standins import is_bitsandbytes, stand_in
-from velora_torch.memory.task import Task, auto_class, choose_task, task_of_class
+from velora_torch.memory.simulator.four_bit import is_bitsandbytes, stand_in
+from velora_torch.memory.simulator.presets import PRESETS, preset
+from velora_torch.memory.simulator.task import Task, auto_class, choose_task, task_of_class
 from velora_torch.selection import _output_heads
 
 if TYPE_CHECKING:

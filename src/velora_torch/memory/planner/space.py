@@ -11,7 +11,7 @@ from torch import nn
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import linear_shape
-from velora_torch.memory.setup import Setup
+from velora_torch.memory.simulator.setup import Setup
 from velora_torch.recomputation import recompute, recomputed, undo_recompute
 from velora_torch.selection import select
 

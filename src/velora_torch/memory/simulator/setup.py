@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from velora_torch.config import VeloraConfig, check_choice
 from velora_torch.memory.fake import FakeWorld, skeleton
-from velora_torch.memory.standin_optimizers import OPTIMIZERS, make_optimizer
-from velora_torch.memory.standins import quantise_like_bitsandbytes
+from velora_torch.memory.simulator.four_bit import quantise_like_bitsandbytes
+from velora_torch.memory.simulator.optimizers import OPTIMIZERS, make_optimizer
 from velora_torch.model import compress
 from velora_torch.recomputation import checkpoint_blocks, recompute
 
@@ -37,7 +37,7 @@ class Setup:
     chunked_loss: bool = False
     """The loss is computed from the last hidden states in chunks; logits are never whole."""
     optimizer: str = "adamw"
-    """One of ``memory.standin_optimizers.OPTIMIZERS``."""
+    """One of ``simulator.optimizers.OPTIMIZERS``."""
     galore_rank: int = 128
     """Rank of the gradients' projection, with ``optimizer="galore_adamw"``."""
     accumulation: int = 1

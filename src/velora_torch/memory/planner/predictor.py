@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from velora_torch.config import VeloraConfig
-from velora_torch.memory.architecture import Architecture
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import Simulation, simulate
+from velora_torch.memory.simulator.architecture import Architecture
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import Simulation, simulate
 
 OPTIMIZER = "optimizer"
 """The segment of the optimizer's step."""

@@ -6,8 +6,8 @@ rounds. What a storage *is* often shows only later: what survives the forward pa
 the backward pass, what ends in ``parameter.grad`` is a gradient. A block that changes its category
 changes it in every peak at which it was alive.
 
-Peaks are kept for each segment of a step (see :func:`velora_torch.memory.steps.track`), because the
-peak of a segment is an affine function of a model's depth, which the peak of the step is not.
+Peaks are kept for each segment of a step (see :mod:`velora_torch.memory.simulator.steps`), because
+the peak of a segment is an affine function of a model's depth, which the peak of the step is not.
 """
 
 from __future__ import annotations

@@ -13,11 +13,15 @@ import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.memory.count import optimizer_state_bytes, saved_bytes, unique_bytes
 from velora_torch.memory.fake import FakeWorld
-from velora_torch.memory.standin_optimizers import OPTIMIZERS, GaLoreAdamW, make_optimizer
-from velora_torch.memory.standins import Linear4bit, layer_bytes, quantise_like_bitsandbytes
-from velora_torch.memory.tracker import Tracker
+from velora_torch.memory.simulator.four_bit import (
+    Linear4bit,
+    layer_bytes,
+    quantise_like_bitsandbytes,
+)
+from velora_torch.memory.simulator.optimizers import OPTIMIZERS, GaLoreAdamW, make_optimizer
+from velora_torch.memory.simulator.tracker import Tracker
 
-from .. import tiny_models
+from ... import tiny_models
 
 SHAPES = [(64, 64), (100, 33), (7, 5), (130, 257)]
 MATRIX_BYTES = 4 * 64 * 48

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from velora_torch.memory.fake import FakeWorld, skeleton
 from velora_torch.memory.freed import disarm
-from velora_torch.memory.saves import Saved, record
+from velora_torch.memory.ledger.saves import Saved, record
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Prepare = Callable[[nn.Module], None]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from velora_torch import VeloraConfig
-from velora_torch.memory.architecture import resolve
-from velora_torch.memory.setup import Setup
-from velora_torch.memory.simulate import SimulationError, simulate
+from velora_torch.memory.simulator.architecture import resolve
+from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.simulate import SimulationError, simulate
 
-from .. import tiny_models
+from ... import tiny_models
 
 pytest.importorskip("transformers")
 # PEFT asks transformers under a name that is deprecated.

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from velora_torch.blocks import BlockList
-from velora_torch.memory.standins import is_bitsandbytes
-from velora_torch.memory.tracker import AFTER_UPDATE, Flops, Peak, Tracker
+from velora_torch.memory.simulator.four_bit import is_bitsandbytes
+from velora_torch.memory.simulator.tracker import AFTER_UPDATE, Flops, Peak, Tracker
 
 Loss = Callable[[], Tensor]
 

@@ -1,0 +1,1 @@
+"""What a forward pass saves for the backward pass, and for whom."""

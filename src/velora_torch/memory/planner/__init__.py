@@ -1,0 +1,1 @@
+"""The fastest way to train that fits into a budget."""

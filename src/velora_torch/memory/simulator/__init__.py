@@ -1,0 +1,1 @@
+"""Training steps on fake tensors, under a tracker that follows every storage."""
