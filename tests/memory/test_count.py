@@ -120,6 +120,23 @@ def test_measure_step(compressed: bool):
     assert any(not torch.equal(p, b) for p, b in zip(trainable, before, strict=True))
 
 
+class Cubed(nn.Module):
+    """Keeps several tensors of the input's size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sigmoid() * x
+
+
+def test_what_a_backward_pass_computes_again_does_not_count():
+    model = nn.Sequential(nn.Linear(D, H), Cubed(), nn.Linear(H, 1))
+    velora_torch.recompute(model)
+    with saved_bytes(model) as count:
+        loss = model(torch.randn(T, D)).sum()
+        before = count()
+        loss.backward()
+        assert count() == before > 0
+
+
 def test_measure_step_without_optimizer():
     model = mlp()
     before = [p.detach().clone() for p in model.parameters()]

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
+NO_BACKWARD = -1
+"""What torch calls the running backward pass while there is none."""
+
+
 @dataclass(frozen=True)
 class StepBytes:
     """Bytes of one training step by category."""
@@ -47,6 +51,8 @@ class _Storages:
 def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Count what autograd saves inside the block, parameters and buffers of ``model`` excluded.
 
+    What a backward pass computes again, and saves for itself for a moment, does not count.
+
     Yields:
         A function that gives the bytes saved so far, every storage counted once.
     """
@@ -59,7 +65,8 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
 
     def pack(tensor: Tensor) -> Tensor:
         alias = tensor.detach()  # returning the tensor itself would make a cycle with its graph
-        storages.add(alias)
+        if torch._C._current_graph_task_id() == NO_BACKWARD:
+            storages.add(alias)
         return alias
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
