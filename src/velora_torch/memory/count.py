@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-
 NO_BACKWARD = -1
 """What torch calls the running backward pass while there is none."""
 
