@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from velora_torch import VeloraConfig, compress, restore, summary
+from velora_torch import VeloraConfig, compress, recompute, restore, summary
 from velora_torch.overview import LayerSummary
 
 from .tiny_models import batches, gpt2, llama, net, train
@@ -111,3 +111,12 @@ def test_summary_moves_nothing() -> None:
     before = {key: value.clone() for key, value in model.named_parameters()}
     str(summary(model))
     assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+
+
+def test_recomputed_modules_go_by_their_own_names() -> None:
+    model = compress(llama(), CONFIG)
+    recompute(model)
+    found = summary(model).exact
+    assert "is not a linear layer" in found["model.norm"]
+    assert "Recomputed" not in found["model.norm"]
+    assert found["lm_head"] == "chunked loss: to compress it too, do so before recompute"

@@ -7,6 +7,7 @@ from torch import nn
 from velora_torch.layers.base import CompressedLayer
 from velora_torch.layers.conv1d import CompressedConv1D, is_conv1d
 from velora_torch.layers.linear import CompressedLinear, is_linear
+from velora_torch.swap import Swapped, plain_class
 
 _CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {}
 
@@ -15,9 +16,11 @@ __all__ = ["CompressedLayer", "compressed_class", "linear_shape", "uncompressibl
 
 def uncompressible(module: nn.Module) -> str | None:
     """Why a module that holds a weight cannot be compressed; ``None`` if its kind can be."""
-    kind = type(module)
+    kind = plain_class(module)
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"{kind.__name__} is not a linear layer"
+    if isinstance(module, Swapped):
+        return f"{module.kind}: to compress it too, do so before recompute"
     if not (is_linear(module) or is_conv1d(module)):
         return f"{kind.__name__} brings a forward of its own"
     if "forward" in module.__dict__:
