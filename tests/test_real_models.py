@@ -38,7 +38,7 @@ COMPRESSED: dict[str, tuple[set[str], int]] = {
     "gpt2": ({"c_attn", "c_proj", "c_fc"}, 8),
     "bert": ({"query", "key", "value", "dense"}, 13),
     "t5": ({"q", "k", "v", "o", "wi", "wo"}, 32),
-    "vit": ({"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "classifier"}, 13),
+    "vit": ({"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}, 12),
     "mixtral": ({"q_proj", "k_proj", "v_proj", "o_proj"}, 8),
 }
 """Last components of the names of the compressed layers, and how many there are."""

@@ -28,7 +28,7 @@ class Model(nn.Module):
         self.conv = nn.Conv1d(8, 8, 1)
         self.h = nn.ModuleList([Block(), Block()])
         self.drop = nn.Dropout()
-        self.head = nn.Linear(8, 4)
+        self.last = nn.Linear(8, 4)
 
 
 def chosen(config: VeloraConfig, model: nn.Module | None = None) -> list[str]:
@@ -45,17 +45,17 @@ QV = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "h.1.v_proj"]
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("all-linear", [*QV, "head"]),
+        ("all-linear", [*QV, "last"]),
         (["v_proj"], ["h.0.v_proj", "h.1.v_proj"]),
         ("v_proj", ["h.0.v_proj", "h.1.v_proj"]),
-        (["h.1.v_proj", "head"], ["h.1.v_proj", "head"]),
+        (["h.1.v_proj", "last"], ["h.1.v_proj", "last"]),
         (["h.0"], ["h.0.q_proj", "h.0.v_proj"]),
         (["h"], QV),
         ({"q_proj", "v_proj"}, QV),
         (r".*\.[qv]_proj", QV),
         (r"h\.1\..*", ["h.1.q_proj", "h.1.v_proj"]),
-        ("head|h.0.v_proj", ["h.0.v_proj", "head"]),
-        (lambda name, module: isinstance(module, nn.Linear) and module.out_features == 4, ["head"]),
+        ("last|h.0.v_proj", ["h.0.v_proj", "last"]),
+        (lambda name, module: isinstance(module, nn.Linear) and module.out_features == 4, ["last"]),
         (lambda name, module: 1 if name.endswith("q_proj") else 0, ["h.0.q_proj", "h.1.q_proj"]),
     ],
     ids=str,
@@ -72,11 +72,11 @@ def test_a_name_matches_whole_components_only() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["v_prj"], r"'v_prj' matches no layer; nearest: v_proj, q_proj.*head, q_proj, v_proj$"),
+        (["v_prj"], r"'v_prj' matches no layer; nearest: v_proj, q_proj.*last, q_proj, v_proj$"),
         (["v_proj", "k_proj"], r"'k_proj' matches no layer; nearest: "),
         (["h.0.v_prj"], r"'h.0.v_prj' matches no layer; nearest: h.0.v_proj"),
         (".*v_prj", r"'\.\*v_prj' matches no layer; nearest: v_proj"),
-        (["zzzzz"], r"'zzzzz' matches no layer. Linear layers of this model: head, q_proj, v_proj"),
+        (["zzzzz"], r"'zzzzz' matches no layer. Linear layers of this model: last, q_proj, v_proj"),
         (["drop"], r"'drop' matches no layer"),
         (["embed"], r"leaves nothing to compress:\n  embed: Embedding is not a linear layer$"),
     ],
@@ -101,7 +101,7 @@ def test_every_other_layer_has_a_reason() -> None:
         "h.0.norm": "LayerNorm is not a linear layer",
         "h.1.q_proj": NOT_TARGETED,
         "h.1.norm": "LayerNorm is not a linear layer",
-        "head": NOT_TARGETED,
+        "last": NOT_TARGETED,
     }
 
 
@@ -119,7 +119,7 @@ def test_groups_of_each_layer() -> None:
         "h.0.v_proj": (2, 4),
         "h.1.q_proj": (4, 2),
         "h.1.v_proj": (8, 1),
-        "head": (4, 2),
+        "last": (4, 2),
     }
 
 
@@ -133,7 +133,7 @@ def test_all_linear_skips_layers_that_are_too_narrow() -> None:
 def test_all_linear_skips_layers_without_an_entry() -> None:
     selection = pick(VeloraConfig(num_groups={"v_proj": 4}))
     assert [layer.name for layer in selection.chosen] == ["h.0.v_proj", "h.1.v_proj"]
-    assert "num_groups has no entry for layer 'head'" in selection.exact["head"]
+    assert "num_groups has no entry for layer 'last'" in selection.exact["last"]
 
 
 class Own(nn.Linear):

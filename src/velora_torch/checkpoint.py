@@ -24,7 +24,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from velora_torch.atomic import write_whole
+from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer
+from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.layers.state import TENSORS
 from velora_torch.model import compressed_layers
 
@@ -61,6 +63,9 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "config": layer.velora.config.to_dict(),
             **layer.velora.counters(),
         }
+    for name, adapter in compressed_adapters(model).items():
+        tensors |= {f"{name}.{key}": value for key, value in adapter.tensors().items()}
+        described[name] = adapter.described()
     data = save_tensors(tensors)
     checksum = _checksum(described, data)
     name = TENSOR_FILE.replace("*", checksum[:16])
@@ -91,14 +96,22 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     layers = _layers(model)
     described, tensors = _read(Path(folder))
+    adapters = compressed_adapters(model)
+    _check_names({**layers, **adapters}, described, folder)
     _check_layers(layers, described, folder)
+    for name, adapter in adapters.items():
+        _check_config(name, adapter.velora_adapter.config, described[name], {}, folder)
+    for name, adapter in adapters.items():
+        start = f"{name}."
+        own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        adapter.load(described[name], own)
     for name, layer in layers.items():
         _restore_layer(layer, described[name], tensors, name)
 
 
 def _layers(model: nn.Module) -> dict[str, CompressedLayer]:
     layers = compressed_layers(model)
-    if not layers:
+    if not (layers or compressed_adapters(model)):
         raise ValueError("the model is not compressed: call velora_torch.compress(model) first")
     return layers
 
@@ -108,7 +121,8 @@ def _tensors(layer: CompressedLayer) -> dict[str, Tensor]:
     if layer.velora.pending:
         found["coef"] = layer.coef
         # state_dict() gives the weight with the coefficients in it; rounding cannot be undone.
-        found["base"] = layer.raw_weight
+        if layer.foldable:
+            found["base"] = layer.raw_weight
     return {k: v.detach().contiguous() for k, v in found.items() if v is not None}
 
 
@@ -149,10 +163,8 @@ def _bytes_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _check_layers(
-    layers: dict[str, CompressedLayer],
-    described: dict[str, Any],
-    folder: str | os.PathLike[str],
+def _check_names(
+    layers: dict[str, Any], described: dict[str, Any], folder: str | os.PathLike[str]
 ) -> None:
     missing, extra = layers.keys() - described.keys(), described.keys() - layers.keys()
     if missing or extra:
@@ -161,6 +173,13 @@ def _check_layers(
             f"{len(missing)} layers that are compressed here (such as {min(missing, default='-')})"
             f" and has {len(extra)} that are not (such as {min(extra, default='-')})"
         )
+
+
+def _check_layers(
+    layers: dict[str, CompressedLayer],
+    described: dict[str, Any],
+    folder: str | os.PathLike[str],
+) -> None:
     for name, layer in layers.items():
         there = described[name]
         here = {
@@ -170,13 +189,28 @@ def _check_layers(
             "size": layer.velora.size,
         }
         different = {k: (there.get(k), v) for k, v in here.items() if there.get(k) != v}
-        saved = there["config"]
-        for key, value in layer.velora.config.to_dict().items():
-            if key not in SIZES and saved.get(key) != value:
-                different[key] = (saved.get(key), value)
-        if different:
-            listed = ", ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in different.items())
-            raise ValueError(f"the state in {folder} does not fit layer {name!r} ({listed})")
+        _check_config(name, layer.velora.config, there, different, folder)
+
+
+def _check_config(
+    name: str,
+    config: VeloraConfig,
+    there: dict[str, Any],
+    different: dict[str, tuple[Any, Any]],
+    folder: str | os.PathLike[str],
+) -> None:
+    """Refuse a state of another configuration, or with other differences known already."""
+    different = dict(different)
+    saved, defaults = there["config"], VeloraConfig().to_dict()
+    # An adapter has several widths, and shows no groups to compare.
+    sizes = SIZES[:1] if "sites" in there else SIZES
+    for key, value in config.to_dict().items():
+        there_too = saved.get(key, defaults.get(key))  # a field that is newer than the state
+        if key not in sizes and there_too != value:
+            different[key] = (there_too, value)
+    if different:
+        listed = ", ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in different.items())
+        raise ValueError(f"the state in {folder} does not fit layer {name!r} ({listed})")
 
 
 @torch.no_grad()

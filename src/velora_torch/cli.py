@@ -24,6 +24,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 NOTHING_FITS = 1
+FAILED = 1
 
 
 @app.callback()
@@ -200,6 +201,54 @@ def plan(
         if as_json:
             typer.echo(str(made), err=True)
         raise typer.Exit(NOTHING_FITS)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="vtab, glue or alpaca.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; runs/bench/NAME by default.")
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="local: packaged models and data, two CPU cores; or paper.")
+    ] = "local",
+    tasks: Annotated[str | None, typer.Option(help="Some of the tasks, such as a,b.")] = None,
+    variants: Annotated[str | None, typer.Option(help="Some of the methods, such as x,y.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each task and method.")] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many runs.")] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Show all runs and which are finished, and stop.")
+    ] = False,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Write table and plot of what is finished.")
+    ] = False,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Do not time training steps.")] = False,
+) -> None:
+    """Run a published protocol: a grid of runs, a table and a plot; a stopped one goes on."""
+    from velora_torch.bench.command import Request
+    from velora_torch.bench.command import bench as run_bench
+
+    request = Request(
+        name,
+        output,
+        scale,
+        tasks,
+        variants,
+        seeds,
+        jobs,
+        limit,
+        list_only,
+        table_only,
+        not no_time,
+        shlex.join(["velora", *sys.argv[1:]]),
+    )
+    try:
+        failed = run_bench(request, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if failed:
+        raise typer.Exit(FAILED)
 
 
 def _quiet() -> None:

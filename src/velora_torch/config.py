@@ -77,6 +77,11 @@ class VeloraConfig:
     """Keep the sum of all folded coefficients (O x G numbers in float32 per layer), which
     :func:`velora_torch.export_lora` needs. ``False`` saves that memory."""
 
+    train_frozen: bool = False
+    """Give coefficients to targeted layers whose weight is frozen or quantised too: the base stays
+    as it is, and the coefficients train on top of it, pending (needs ``fold_every=None``).
+    ``False`` leaves such layers alone, so that on a quantised base only adapters are compressed."""
+
     def __post_init__(self) -> None:
         check_choice("init", self.init, get_args(Init))
         check_choice("vectors", self.vectors, get_args(Vectors))
@@ -112,12 +117,28 @@ class VeloraConfig:
             raise ValueError(f"running_decay must be in [0, 1), got {self.running_decay!r}")
         if not isinstance(self.track_delta, bool):
             raise ValueError(f"track_delta must be True or False, got {self.track_delta!r}")
+        self._check_train_frozen()
         moves = self.refresh_every or self.init in ("running_average", "batch_average")
         if self.fold_every is None and moves and self.gradient == "factored":
             raise ValueError(
                 "fold_every=None keeps all coefficients pending, and new vectors may only be "
                 f"drawn after a fold; use refresh_every=None and a fixed init (got "
                 f"refresh_every={self.refresh_every!r}, init={self.init!r}), or let folds happen"
+            )
+
+    def _check_train_frozen(self) -> None:
+        if not isinstance(self.train_frozen, bool):
+            raise ValueError(f"train_frozen must be True or False, got {self.train_frozen!r}")
+        if self.train_frozen and self.gradient == "dense":
+            raise ValueError(
+                "train_frozen=True trains coefficients, and gradient='dense' has none: a frozen "
+                "weight gets no gradient. Use gradient='factored'"
+            )
+        if self.train_frozen and self.fold_every is not None:
+            raise ValueError(
+                f"train_frozen=True leaves the base as it is (nothing can be folded into a 4-bit "
+                f"weight), so its coefficients stay pending: set fold_every=None (got "
+                f"fold_every={self.fold_every!r})"
             )
 
     def _check_targets(self) -> None:

@@ -67,6 +67,8 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _why_not(layer: CompressedLayer) -> str | None:
     state = layer.velora
+    if not layer.factors:
+        return "it scales features, which is no low-rank change of a matrix"
     if state.config.gradient == "dense":
         return "it was trained with gradient='dense', which keeps no coefficients"
     if state.lost is not None:

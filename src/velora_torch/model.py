@@ -9,12 +9,21 @@ import torch
 from torch import nn
 
 from velora_torch.config import VeloraConfig
-from velora_torch.layers import CompressedLayer, compressed_class
+from velora_torch.integrations.bitsandbytes import keep_differentiable
+from velora_torch.integrations.peft_watch import unwatch_adapters, watch_adapters
+from velora_torch.layers import CompressedLayer, compressed_class, layer_kind
+from velora_torch.layers.adapter import (
+    AdapterState,
+    CompressedAdapter,
+    compressed_adapter_class,
+    compressed_adapters,
+)
 from velora_torch.layers.base import LIVE
+from velora_torch.layers.quantized import CompressedQuantized, make_lean
 from velora_torch.layers.state import TENSORS
 from velora_torch.memory.freed import arm, disarm, foresee
 from velora_torch.recomputation import undo_recompute
-from velora_torch.selection import Chosen, select
+from velora_torch.selection import Chosen, ChosenAdapter, select
 from velora_torch.stepping import retire, watch
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -58,47 +67,82 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
             "compress makes parameters, and those made in inference mode cannot be trained: call "
             "it outside of torch.inference_mode()"
         )
-    already = compressed_layers(model)
+    already = {**compressed_layers(model), **compressed_adapters(model)}
     if already:
         raise ValueError(
             f"this model is compressed already ({len(already)} layers, the first is "
             f"{next(iter(already))!r}); call velora_torch.restore(model) first"
         )
-    chosen = select(model, config).chosen
+    selection = select(model, config)
+    chosen = selection.chosen
     for layer in chosen:
         _check_free(layer)
     # Who asks for everything asks for the small gradients of layers that free nothing too.
-    known = config.targets == "all-linear" or foresee(model, [layer.name for layer in chosen])
+    # What was frozen kept no input that could be freed.
+    keepers = [layer.name for layer in chosen if layer.module._parameters["weight"].requires_grad]  # type: ignore[union-attr]
+    known = config.targets == "all-linear" or not keepers or foresee(model, keepers)
     watch()
     plain = [_Plain(layer.module) for layer in chosen]
     try:
         for layer in chosen:
             module = layer.module
-            module.__class__ = compressed_class(type(module))
+            module.__class__ = compressed_class(type(module), layer_kind(module))
             assert isinstance(module, CompressedLayer)
-            module.start(layer.name, layer.groups, layer.size, config)
+            _start(module, layer, config)
+        for adapter in selection.adapters:
+            _start_adapter(adapter, config)
     except BaseException:  # out of memory, or interrupted
+        for started in compressed_adapters(model).values():
+            started.stop()
         for former in plain:
             former.bring_back()
         raise
+    keep_differentiable(model)
+    make_lean(model)
+    watch_adapters(model, config)
     if not known:
         arm(model)
     return model
 
 
 def fold(model: ModelT) -> ModelT:
-    """Merge pending coefficients into the weights; does nothing where none are pending."""
-    for layer in compressed_layers(model).values():
+    """Merge pending coefficients into the weights; does nothing where none are pending.
+
+    Raises:
+        ValueError: coefficients are pending on a quantised weight, into which nothing can be
+            folded. Nothing has been changed then.
+    """
+    layers = compressed_layers(model).values()
+    for layer in layers:
+        layer.collect()
+        if layer.velora.pending and isinstance(layer, CompressedQuantized):
+            raise ValueError(layer.why_not_folded())
+    for layer in layers:
         layer.fold_all()
     return model
 
 
-def restore(model: ModelT) -> ModelT:
+def restore(model: ModelT, drop_pending: bool = False) -> ModelT:
     """Make every layer plain again, with all updates in its weight.
 
-    Nothing of velora is left in the model. Weights train again, so build a new optimizer.
+    Nothing of velora is left in the model. Weights train again, so build a new optimizer; those
+    that were frozen before (``train_frozen``) stay frozen.
+
+    Args:
+        model: a compressed model, or a plain one.
+        drop_pending: throw away coefficients that are pending on quantised weights.
+
+    Raises:
+        ValueError: such coefficients are pending, and ``drop_pending`` is false. Nothing has been
+            changed then.
     """
-    fold(disarm(model))
+    if drop_pending:
+        for layer in compressed_layers(model).values():
+            if isinstance(layer, CompressedQuantized):
+                layer._drop_pending()
+    unwatch_adapters(disarm(fold(model)))
+    for adapter in compressed_adapters(model).values():
+        adapter.stop()
     for layer in compressed_layers(model).values():
         coef = layer._parameters["coef"]
         plain = layer.plain_class
@@ -109,6 +153,26 @@ def restore(model: ModelT) -> ModelT:
     return undo_recompute(model)
 
 
+def _start(module: CompressedLayer, layer: Chosen, config: VeloraConfig) -> None:
+    """Start a layer whose class has been changed; one of a dormant adapter stays untrained."""
+    weight = module.raw_weight
+    if layer.dormant:
+        weight.requires_grad_(True)
+    module.start(layer.name, layer.groups, layer.size, config)
+    if layer.dormant:
+        coef = module._parameters["coef"]
+        (weight if coef is None else coef).requires_grad_(False)
+
+
+def _start_adapter(adapter: ChosenAdapter, config: VeloraConfig) -> None:
+    unit, module = adapter.unit, adapter.unit.module
+    module.__class__ = compressed_adapter_class(type(module))
+    assert isinstance(module, CompressedAdapter)
+    attributes = tuple(dict.fromkeys(unit.inside(part) for part in adapter.parts))
+    products = tuple((p.kind, p.features, p.attributes) for p in unit.products)
+    module.start(AdapterState(unit.name, config, attributes, tuple(adapter.widths), products))
+
+
 class _Plain:
     """A plain layer as it is before it is compressed."""
 
@@ -116,7 +180,9 @@ class _Plain:
         self.module, self.kind = module, type(module)
         self.attributes = dict(module.__dict__)
         self.registries = {key: copy.copy(module.__dict__[key]) for key in REGISTRIES}
-        self.grad = module._parameters["weight"].grad  # type: ignore[union-attr]
+        weight = module._parameters["weight"]
+        assert weight is not None
+        self.grad, self.trained = weight.grad, weight.requires_grad
 
     def bring_back(self) -> None:
         """Undo a compression that has not trained anything yet, finished or not."""
@@ -128,7 +194,7 @@ class _Plain:
             registry.update(content)
         weight = self.module._parameters["weight"]
         assert weight is not None
-        weight.requires_grad_(True).grad = self.grad
+        weight.requires_grad_(self.trained).grad = self.grad
         LIVE.discard(self.module)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer
+from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.model import compressed_layers
-from velora_torch.selection import LATER, PLAIN, Selector
+from velora_torch.selection import LATER, PLAIN, ChosenAdapter, Selector
 
 ROOT = "(root)"
 """The name of the model itself in tables."""
@@ -64,25 +65,42 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """What is compressed, what is not, and why. Works on plain models too."""
     layers = compressed_layers(model)
-    config = next(iter(layers.values())).velora.config if layers else VeloraConfig()
+    adapters = compressed_adapters(model)
+    configs = [layer.velora.config for layer in layers.values()]
+    configs += [adapter.velora_adapter.config for adapter in adapters.values()]
+    config = configs[0] if configs else VeloraConfig()
     selector = Selector(model, config)
     exact = {
-        name: selector.why_exact(name, module) or (LATER if layers else PLAIN)
+        name: selector.why_exact(name, module) or (LATER if configs else PLAIN)
         for name, module in selector.holders.items()
         if name not in layers
     }
-    return Summary({name: _describe(layer) for name, layer in layers.items()}, exact)
+    compressed = {name: _describe(layer) for name, layer in layers.items()}
+    for chosen in selector.adapters():
+        if chosen.unit.name in adapters:
+            compressed[chosen.unit.name] = _describe_adapter(chosen, config)
+            exact = {name: why for name, why in exact.items() if name not in chosen.parts}
+    return Summary(compressed, exact)
+
+
+def _describe_adapter(chosen: ChosenAdapter, config: VeloraConfig) -> LayerSummary:
+    unit = chosen.unit
+    groups, size = config.groups(unit.name, chosen.widths[0])
+    parts = [unit.parts[name] for name in chosen.parts]
+    trained = sum(p.numel() for part in parts for p in part.parameters(recurse=False))
+    return LayerSummary(unit.outputs, unit.features, groups, size, "dense", trained, trained, False)
 
 
 def _describe(layer: CompressedLayer) -> LayerSummary:
     state, coef = layer.velora, layer._parameters["coef"]
-    weights = layer.raw_weight.numel()
+    # A quantised weight packs them; a scale has one for each feature.
+    weights = layer.outputs * layer.features if layer.factors else layer.features
     return LayerSummary(
         layer.outputs,
         layer.features,
         state.groups,
         state.size,
-        state.config.gradient,
+        state.config.gradient if layer.factors else "dense",
         weights,
         weights if coef is None else coef.numel(),
         state.pending,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from velora_torch.config import VeloraConfig, matches_components
+from velora_torch.heads import head_modules
+from velora_torch.integrations.peft import Unit, dormant, own_velora, units
 from velora_torch.layers import linear_shape, uncompressible
+from velora_torch.layers.adapter import CompressedAdapter
+from velora_torch.layers.conv1d import is_conv1d
+from velora_torch.layers.quantized import is_quantised, looks_quantised
 
 NOT_TARGETED = "not in targets"
 PLAIN = "the model is not compressed"
@@ -26,6 +32,19 @@ class Chosen:
     module: nn.Module
     groups: int
     size: int
+    dormant: bool = False
+    """It belongs to an adapter that is not active now."""
+
+
+@dataclass(frozen=True)
+class ChosenAdapter:
+    """An adapter to compress that computes with parameters of its own."""
+
+    unit: Unit
+    parts: list[str]
+    """Names of the modules that hold the parameters whose products are compressed."""
+    widths: list[int]
+    """D of these products."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class Selection:
 
     chosen: list[Chosen]
     exact: dict[str, str]
+    adapters: list[ChosenAdapter]
 
 
 class Selector:
@@ -43,20 +63,38 @@ class Selector:
         self.holders = {
             name: module
             for name, module in model.named_modules()
-            if list(module.parameters(recurse=False))
+            if list(module.parameters(recurse=False)) or looks_quantised(module)
         }
-        self.targeted, self.unmatched = _targeted(self.holders, config)
+        self.units = units(model)
+        self._unit_of = {part: unit for unit in self.units for part in unit.parts}
+        self.dormant, self._own_velora = dormant(model), own_velora(model)
+        adapted = {unit.name: unit.module for unit in self.units}
+        self.targeted, self.unmatched = _targeted(self.holders | adapted, config)
+        for unit in self.units:
+            if unit.name in self.targeted:
+                self.targeted |= set(unit.parts)
         self._model, self._config = model, config
         self._all_linear = config.targets == "all-linear"
         self._owners = _owners(model)
-        self._heads = _output_heads(model) if self._all_linear else []
+        self._has_adapters = config.train_frozen and _has_adapters(model)
+        self._heads = head_modules(model) if self._all_linear else set()
 
     def why_exact(self, name: str, module: nn.Module) -> str | None:
         """Why a layer stays exact; ``None`` if it can be compressed and is wanted."""
-        reason = _why_exact(name, module, self._model, self._owners, self._config)
+        if name in self._unit_of:
+            return self._why_exact_part(self._unit_of[name], name, module)
+        dormant = module in self.dormant
+        reason = self._own_velora.get(name) or _why_exact(
+            name, module, self._model, self._owners, self._config, dormant
+        )
+        if reason is None and self._has_adapters and _is_frozen(module):
+            reason = (
+                "frozen beside PEFT adapters, which train the model: coefficients here would not "
+                "be saved with them"
+            )
         if reason is None and name not in self.targeted:
             reason = NOT_TARGETED
-        if reason is None and any(module is head for head in self._heads):
+        if reason is None and id(module) in self._heads:
             reason = "output head of the model (name it in targets to compress it)"
         if reason is None and self._all_linear:
             try:
@@ -64,6 +102,55 @@ class Selector:
             except ValueError as error:
                 reason = str(error)
         return reason
+
+    def _why_exact_part(self, unit: Unit, part: str, module: nn.Module) -> str | None:
+        """Why the parameters of a part of an adapter stay exact."""
+        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+            return "frozen: keeps no input"
+        if unit.reason is not None:
+            return unit.reason
+        if part not in self.targeted:
+            return NOT_TARGETED
+        if self._all_linear and unit.layered:
+            return "beside the matrices of its adapter (name it in targets to compress it)"
+        if not unit.widths([part]):
+            return "part of an adapter that takes no input of full width"
+        return None if self._widths(unit, [part]) else self._too_narrow(unit, part)
+
+    def _widths(self, unit: Unit, parts: list[str]) -> list[int]:
+        widths = []
+        for width in sorted(unit.widths(parts)):
+            try:
+                self._config.groups(unit.name, width)
+            except ValueError:
+                continue
+            widths.append(width)
+        return widths
+
+    def _too_narrow(self, unit: Unit, part: str) -> str:
+        try:
+            self._config.groups(unit.name, max(unit.widths([part])))
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("some width is wide enough")
+
+    def in_adapter(self, name: str) -> bool:
+        """Whether a module holds parameters with which an adapter computes by itself."""
+        return name in self._unit_of
+
+    def is_compressed_adapter(self, name: str) -> bool:
+        """Whether it holds parameters of an adapter that is compressed already."""
+        unit = self._unit_of.get(name)
+        return unit is not None and isinstance(unit.module, CompressedAdapter)
+
+    def adapters(self) -> list[ChosenAdapter]:
+        """The adapters to compress that compute with parameters of their own."""
+        found = []
+        for unit in self.units:
+            parts = [p for p, m in unit.parts.items() if self.why_exact(p, m) is None]
+            if parts:
+                found.append(ChosenAdapter(unit, parts, self._widths(unit, parts)))
+        return found
 
     def sizes(self, name: str, module: nn.Module) -> tuple[int, int]:
         """(G, M) of a layer."""
@@ -83,13 +170,15 @@ def select(model: nn.Module, config: VeloraConfig) -> Selection:
     exact: dict[str, str] = {}
     for name, module in selector.holders.items():
         reason = selector.why_exact(name, module)
-        if reason is None:
-            chosen.append(Chosen(name, module, *selector.sizes(name, module)))
-        else:
+        if reason is not None:
             exact[name] = reason
-    if not chosen:
+        elif not selector.in_adapter(name):
+            sizes = selector.sizes(name, module)
+            chosen.append(Chosen(name, module, *sizes, dormant=module in selector.dormant))
+    adapters = selector.adapters()
+    if not (chosen or adapters):
         raise ValueError(_nothing(config, selector.targeted, exact))
-    return Selection(chosen, exact)
+    return Selection(chosen, exact, adapters)
 
 
 def _targeted(holders: dict[str, nn.Module], config: VeloraConfig) -> tuple[set[str], list[str]]:
@@ -156,29 +245,21 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _output_heads(model: nn.Module) -> list[nn.Module]:
-    """Output heads of the transformers models in ``model``, which may be wrapped in a module."""
-    heads = []
-    for module in model.modules():
-        find = getattr(module, "get_output_embeddings", None)
-        if find is None:
-            continue
-        try:
-            heads.append(find())
-        except (AttributeError, NotImplementedError):  # transformers models without a head
-            continue
-    return heads
-
-
 def _why_exact(
     name: str,
     module: nn.Module,
     model: nn.Module,
     owners: dict[int, list[str]],
     config: VeloraConfig,
+    dormant: bool = False,
 ) -> str | None:
     parameters = list(module.parameters(recurse=False))
-    if not any(parameter.requires_grad for parameter in parameters):
+    if looks_quantised(module) and not is_quantised(module):
+        return uncompressible(module)
+    may_hold = (config.train_frozen or dormant) and (
+        isinstance(module, nn.Linear) or is_conv1d(module) or is_quantised(module)
+    )
+    if not (may_hold or any(parameter.requires_grad for parameter in parameters)):
         return "frozen: keeps no input"
     if any(is_lazy(parameter) for parameter in parameters):
         return "not initialised yet: run one batch through the model before compressing it"
@@ -189,7 +270,7 @@ def _why_exact(
         return reason
     weight = module._parameters["weight"]
     assert weight is not None
-    if not weight.requires_grad:
+    if not (weight.requires_grad or config.train_frozen or dormant):
         return "frozen: keeps no input"
     others = [other for other in owners[id(weight)] if other != name]
     if others:
@@ -197,9 +278,32 @@ def _why_exact(
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention uses its weight without calling the layer"
-    if "lora_B" in name.split(".") and not _names(config, "lora_B"):
+    up = _up_projection(name, model)
+    if up is not None and not _names(config, up):
         return "up-projection of an adapter: its input is low-rank already"
     return None
+
+
+def _up_projection(name: str, model: nn.Module) -> str | None:
+    """The part of a name that says up-projection: ``lora_B`` where there is a ``lora_A``."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.endswith("_B"):
+            parent = model.get_submodule(".".join(parts[:index]))
+            if f"{part[:-1]}A" in parent._modules:
+                return part
+    return None
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    weight = module._parameters["weight"]
+    return weight is not None and not weight.requires_grad
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into a model; does not import PEFT."""
+    loaded = sys.modules.get("peft.tuners.tuners_utils")
+    return loaded is not None and any(isinstance(m, loaded.BaseTunerLayer) for m in model.modules())
 
 
 def _names(config: VeloraConfig, part: str) -> bool:

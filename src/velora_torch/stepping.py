@@ -156,9 +156,15 @@ def _check_direction(layer: CompressedLayer, rule: Rule) -> None:
         return
     layer.collect()
     if state.pending and state.config.fold_every is None:
+        instead = (
+            "Call velora_torch.fold(model) first."
+            if layer.foldable
+            else "Its weight is quantised, and nothing can be folded into it: go on with an "
+            "optimizer of the first kind."
+        )
         raise ValueError(
             f"VeLoRA: layer {state.name!r} has pending coefficients along {state.direction}, and "
-            f"this optimizer updates along {rule.direction}. Call velora_torch.fold(model) first."
+            f"this optimizer updates along {rule.direction}. {instead}"
         )
     layer.fold_all()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.memory import StepBytes, measure_step, saved_bytes
-from velora_torch.memory.count import optimizer_state_bytes
+from velora_torch.memory.count import optimizer_state_bytes, unique_bytes, weight_tensors
 
 T, D, H, O, G = 20, 16, 32, 8, 4  # noqa: E741
 
@@ -158,3 +158,29 @@ def test_optimizer_state_counts_shared_tensors_once():
     shared = torch.zeros(6)
     optimizer.state[parameter] = {"a": shared, "b": shared, "c": torch.zeros(2), "step": 3}
     assert optimizer_state_bytes(optimizer) == 4 * 8
+
+
+def test_parts_of_quantised_weights_count() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.float32)
+    double = bitsandbytes.nn.Linear4bit(
+        64, 128, bias=False, compute_dtype=torch.float32, compress_statistics=False
+    )
+    for module in (layer, double):
+        module.to("cpu")
+        module.weight = module.weight.cpu()
+    packed = layer.weight.numel()
+    kept = sum(t.untyped_storage().nbytes() for t in weight_tensors(double)) - packed
+    assert kept >= 4 * 64 * 128 // 64  # an absmax in float32 for 64 weights
+    assert unique_bytes(weight_tensors(layer)) > packed
+
+
+def test_tensors_inside_of_an_optimizers_objects_count() -> None:
+    class Projector:
+        def __init__(self) -> None:
+            self.basis = torch.zeros(6, 2)
+
+    weight = nn.Parameter(torch.zeros(6, 6))
+    optimizer = torch.optim.SGD([weight])
+    optimizer.state[weight] = {"step": 1, "moment": torch.zeros(2, 6), "projector": Projector()}
+    assert optimizer_state_bytes(optimizer) == 4 * (12 + 12)

@@ -15,24 +15,24 @@ from velora_torch.subtoken import reference
 LR = 3e-2
 WIDTH, HIDDEN, OUTPUTS = 13, 22, 5
 # 13 features in 4 groups of 4 and in 6 of 3 (the last group has no feature), 22 in 11 of 2.
-GROUPS = {"up": 4, "down": 11, "head": 6}
+GROUPS = {"up": 4, "down": 11, "last": 6}
 LAYERS = tuple(GROUPS)
 
 MakeOptimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
 class Block(nn.Module):
-    """Norm, MLP with a residual, and a head: every size odd or not divisible."""
+    """Norm, MLP with a residual, and a last layer: every size odd or not divisible."""
 
     def __init__(self, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.up = linear(WIDTH, HIDDEN)
         self.down = linear(HIDDEN, WIDTH, bias=False)
-        self.head = linear(WIDTH, OUTPUTS)
+        self.last = linear(WIDTH, OUTPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.down(torch.tanh(self.up(self.norm(x)))))
+        return self.last(x + self.down(torch.tanh(self.up(self.norm(x)))))
 
 
 class _Paper(torch.autograd.Function):

@@ -52,7 +52,7 @@ def refused(make, expected, model=None):
     optimizer = make(trainable(model))
     loss_of(model, batches(1)[0]).backward()
     weights = copy.deepcopy(model.state_dict())
-    coefs = [layer.coef.clone() for layer in (model.up, model.down, model.head)]
+    coefs = [layer.coef.clone() for layer in (model.up, model.down, model.last)]
     state = copy.deepcopy(optimizer.state_dict())
 
     def closure():
@@ -64,7 +64,7 @@ def refused(make, expected, model=None):
         optimizer.step(closure)  # still
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key])
-    for layer, coef in zip((model.up, model.down, model.head), coefs, strict=True):
+    for layer, coef in zip((model.up, model.down, model.last), coefs, strict=True):
         assert torch.equal(layer.coef, coef)
         assert layer.velora.steps == 0
     assert str(optimizer.state_dict()) == str(state)
@@ -94,7 +94,7 @@ def test_refused_by_name_with_advice(make, why):
 
 def test_muon_is_refused_by_name():
     model, _ = pair()
-    optimizer = torch.optim.Muon([layer.coef for layer in (model.up, model.down, model.head)])
+    optimizer = torch.optim.Muon([layer.coef for layer in (model.up, model.down, model.last)])
     loss_of(model, batches(1)[0]).backward()
     with pytest.raises(ValueError, match=r"Muon .*orthogonalises"):
         optimizer.step()

@@ -1,10 +1,12 @@
-"""bitsandbytes' optimizers: what they compute, their settings, and their 8-bit states."""
+"""bitsandbytes' optimizers (what they compute, their settings and 8-bit states) and layers."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,14 +52,83 @@ def scale_quantised_(state: dict[str, Any], name: str, factor_G: Tensor) -> None
     scales.copy_(quant_state.absmax)
 
 
+# ------------------------------------------------------------------ quantised layers
+
+
+def linear_bits(module: nn.Module) -> int | None:
+    """4 or 8 for bitsandbytes' quantised linear layers; does not import bitsandbytes.
+
+    ``Linear8bitLt`` with ``has_fp16_weights`` keeps a trainable 16-bit weight and is not one.
+    """
+    loaded = sys.modules.get("bitsandbytes.nn")
+    if loaded is None or not isinstance(module, nn.Linear):
+        return None
+    if isinstance(module, loaded.Linear4bit):
+        return 4
+    if isinstance(module, loaded.Linear8bitLt) and not module.state.has_fp16_weights:
+        return 8
+    return None
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether the weight has been quantised yet, which happens on its way to a device."""
+    if linear_bits(module) == 4:
+        return getattr(module._parameters["weight"], "quant_state", None) is not None
+    return bool(module._parameters["weight"].dtype == torch.int8)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a subclass replaces the forward of the quantised layer that it derives from."""
+    loaded: Any = sys.modules["bitsandbytes.nn"]
+    parent = loaded.Linear4bit if isinstance(module, loaded.Linear4bit) else loaded.Linear8bitLt
+    return bool(type(module).forward is not parent.forward)
+
+
+def dequantise(module: Any, dtype: torch.dtype) -> Tensor:
+    """The weight (O, D) that a quantised layer computes with, bit for bit, in ``dtype``."""
+    weight = module._parameters["weight"]
+    if linear_bits(module) == 4:
+        from bitsandbytes import functional as F
+
+        keep_differentiable(module)  # undoes a repacking, which could not be read
+        values: Tensor = F.dequantize_4bit(weight.detach(), weight.quant_state)
+        return values.to(dtype)
+    # The numbers and their scales move from the weight to the layer's state in the first forward.
+    moved = module.state.CB is not None
+    codes, scales = (module.state.CB, module.state.SCB) if moved else (weight.CB, weight.SCB)
+    product: Tensor = codes.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+    return product
+
+
+def prepare_to_load(module: Any) -> None:
+    """Let a quantised layer that has run a forward load a checkpoint.
+
+    The first forward of an 8-bit layer moves its scales from the weight to the layer's state, and
+    loading looks for them in the weight; the next forward moves them again.
+    """
+    if linear_bits(module) == 8 and module.state.SCB is not None:
+        weight = module._parameters["weight"]
+        weight.CB, weight.SCB = module.state.CB, module.state.SCB
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit layers in a format that they can be differentiated in.
 
     On some CPUs an evaluation repacks the weights for inference for good, and training after it
-    runs an operator without a gradient: inputs would get wrong gradients.
+    runs an operator without a gradient. Weights that were repacked already are unpacked; where
+    their scales were quantised too (double quantisation), these are then rounded once more.
     """
+    if "bitsandbytes.nn" not in sys.modules:
+        return
+    from bitsandbytes import functional as F
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        if not isinstance(module, Linear4bit):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module._parameters["weight"]
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            unpacked, state = F._convert_weight_packed_for_cpu_inverse(weight.data, state)
+            weight.data, weight.quant_state = unpacked, state

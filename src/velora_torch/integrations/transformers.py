@@ -7,10 +7,21 @@ Checkpoints hold plain weights, and next to them what resuming needs (`checkpoin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from torch import nn
+
 from velora_torch.checkpoint import load_state, save_state
+from velora_torch.layers.adapter import compressed_adapters
+from velora_torch.layers.quantized import CompressedQuantized, bases_alone
+from velora_torch.layers.scale_shift import ScaleShift
 from velora_torch.model import compressed_layers
+
+ADAPTED = "_hf_peft_config_loaded"
+"""What transformers sets on a model that has got adapters."""
 
 
 class VeloraTrainerMixin:
@@ -18,19 +29,92 @@ class VeloraTrainerMixin:
 
     model: Any
     args: Any
+    state: Any
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's own; takes a quantised model whose coefficients train."""
+        with _taken_for_adapted(model):
+            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Names of parameters with weight decay: never scales, whose neutral value is 1."""
+        names: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        modules = dict(model.named_modules())
+        return [n for n in names if not isinstance(modules[n.rpartition(".")[0]], ScaleShift)]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save plain weights, and the state of the compressed layers next to them."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if self.args.should_save and compressed_layers(self.model):
+        """Save plain weights, and the state of the compressed layers next to them.
+
+        Coefficients that are pending on a quantised base are in that state.
+        """
+        with bases_alone(), _own_names(self.model, _internal_call):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        compressed = compressed_layers(self.model) or compressed_adapters(self.model)
+        if self.args.should_save and compressed:
             save_state(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self._load_compressed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_compressed(self.state.best_model_checkpoint)
+
+    def _load_compressed(self, folder: str) -> None:
         layers = compressed_layers(self.model)
         for layer in layers.values():
             # PEFT makes a loaded adapter's parameters trainable; coefficients train this one.
             if layer._parameters["coef"] is not None:
                 layer.raw_weight.requires_grad_(False)
-        if layers:
-            load_state(self.model, resume_from_checkpoint)
+        if layers or compressed_adapters(self.model):
+            load_state(self.model, folder)
+
+
+@contextmanager
+def _own_names(model: Any, checkpoint: bool) -> Iterator[None]:
+    """Let a checkpoint name weights as the model does.
+
+    `save_pretrained` gives some models (ViT) the names of older releases, which `from_pretrained`
+    translates; but the trainer loads a checkpoint by name, and would silently train on from fresh
+    weights.
+    """
+    if not (checkpoint and isinstance(model, _pretrained())):
+        yield
+        return
+    save: Any = model.save_pretrained
+    model.__dict__["save_pretrained"] = partial(save, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.__dict__["save_pretrained"]
+
+
+def _pretrained() -> type[nn.Module]:
+    from transformers import PreTrainedModel
+
+    return PreTrainedModel
+
+
+@contextmanager
+def _taken_for_adapted(model: Any) -> Iterator[None]:
+    """Let `Trainer` take a quantised model that coefficients train.
+
+    It refuses quantised models without adapters, since nothing could train in them, and knows an
+    adapted one by this attribute, which would make `save_pretrained` look for adapters later.
+    """
+    if not isinstance(model, nn.Module) or not any(
+        isinstance(layer, CompressedQuantized) for layer in compressed_layers(model).values()
+    ):
+        yield
+        return
+    marked: Any = model
+    former = marked.__dict__.get(ADAPTED)
+    marked.__dict__[ADAPTED] = True
+    try:
+        yield
+    finally:
+        if former is None:
+            del marked.__dict__[ADAPTED]
+        else:
+            marked.__dict__[ADAPTED] = former

@@ -28,7 +28,7 @@ from velora_torch.subtoken.factored import (
     project,
 )
 from velora_torch.subtoken.folding import fold_
-from velora_torch.values import has_values
+from velora_torch.values import has_values, is_identity
 
 LIVE: weakref.WeakSet[CompressedLayer] = weakref.WeakSet()
 """Every compressed layer alive: how an optimizer's step finds the layers it has trained."""
@@ -38,6 +38,10 @@ class CompressedLayer(PlainOutside):
     """Mixed in before the class of a plain layer; see :func:`velora_torch.compress`."""
 
     transposed: bool
+    factors = True
+    """Whether coefficients can stand for the weight's change; if not, the weight itself trains."""
+    foldable = True
+    """Whether coefficients can be folded into the weight."""
     velora_vectors: Tensor
     velora_delta: Tensor | None
     velora_running: Tensor | None
@@ -48,8 +52,8 @@ class CompressedLayer(PlainOutside):
 
     def start(self, name: str, groups: int, size: int, config: VeloraConfig) -> None:
         """Turn from a plain layer, whose class has just been changed, into a compressed one."""
-        state = LayerState(name, groups, size, config)
         weight = self.raw_weight
+        state = LayerState(name, groups, size, config, frozen=not weight.requires_grad)
         wide = torch.promote_types(weight.dtype, torch.float32)
         mask = choose.feature_mask(groups, size, self.features, weight.device)
         self.velora = state
@@ -57,7 +61,7 @@ class CompressedLayer(PlainOutside):
         for tensor in TENSORS:
             self.register_buffer(f"velora_{tensor}", None, persistent=False)
         self.velora_vectors = choose.uniform(mask, wide)
-        if config.gradient == "factored":
+        if config.gradient == "factored" and self.factors:
             coef = torch.zeros(self.outputs, groups, dtype=wide, device=weight.device)
             self.coef = nn.Parameter(coef)
             weight.requires_grad_(False)
@@ -71,7 +75,7 @@ class CompressedLayer(PlainOutside):
     def stop(self) -> None:
         """Become the plain layer again. The caller has folded and changes the class back."""
         coef = self._parameters.pop("coef")
-        if coef is not None:
+        if coef is not None and not self.velora.frozen:
             self.raw_weight.requires_grad_(coef.requires_grad)
         for tensor in TENSORS:
             del self._buffers[f"velora_{tensor}"]
@@ -146,7 +150,10 @@ class CompressedLayer(PlainOutside):
         bias = self._parameters["bias"]
         trained = weight if coef is None else coef
         trains = torch.is_grad_enabled() and trained.requires_grad
-        if trains and state.due and self.training and x.numel() > 0 and not functional:
+        draws = trains and state.due and self.training and x.numel() > 0 and not functional
+        # DoRA calls lora_A on the identity too, for the norm of the weight: those are no tokens.
+        no_tokens = draws and is_identity(x)
+        if draws and not no_tokens:
             self.draw(x)
         e = self.direction_GM if state.pending or substituted else None
         if not trains:
@@ -155,7 +162,7 @@ class CompressedLayer(PlainOutside):
                 return y
             return y + F.linear(project(x, e), coef.to(x.dtype)).view(y.shape).to(y.dtype)
         z = None
-        if state.drawn or x.numel() == 0:
+        if state.drawn or no_tokens or x.numel() == 0:  # checkpointing must save the same again
             z = project(x.detach(), self.velora_vectors).to(_compute_dtype(x))
         v = self.velora_vectors if coef is None else None
         return factored_linear(
@@ -173,7 +180,12 @@ class CompressedLayer(PlainOutside):
         """
         state, config = self.velora, self.velora.config
         if state.pending:
-            self.fold_all()
+            self.collect()
+        if state.pending and state.frozen:  # the base stays, and so do the vectors
+            state.due = False
+            return
+        if state.pending:
+            self.fold()
         old = self.velora_vectors
         mask = choose.feature_mask(state.groups, state.size, self.features, old.device)
         per_group = config.vectors == "per_group"
@@ -241,15 +253,17 @@ class CompressedLayer(PlainOutside):
         self._note_seen()
         self._mark: tuple[int, int] | None = None
         LIVE.add(self)
-        if is_new and coef is not None and coef.requires_grad:
-            this = weakref.ref(self)
+        if is_new and coef is not None:
+            this, trains = weakref.ref(self), coef.requires_grad
 
             def accumulated(parameter: Tensor) -> None:
                 layer, grad = this(), parameter.grad
                 if layer is not None and grad is not None:
                     layer._mark = (id(grad), grad._version)
 
+            coef.requires_grad_(True)  # hooks can be registered on no other; it may train later
             coef.register_post_accumulate_grad_hook(accumulated)
+            coef.requires_grad_(trains)
 
     def _note_seen(self) -> None:
         self._own, self._seen = id(self._parameters["coef"]), self._version_now()
@@ -291,6 +305,11 @@ class CompressedLayer(PlainOutside):
         watched step, or when the weight is read, saved or restored. Not at once, since who
         perturbs parameters for one forward (SAM) takes the change back.
         """
+        weight = self.raw_weight
+        trains = self._parameters["coef"] is not None and weight.requires_grad
+        if trains and isinstance(weight, nn.Parameter):
+            # PEFT makes all parameters of an adapter that becomes active trainable.
+            weight.requires_grad_(False)
         changed = self._version_now() != self._seen or self._substituted()
         if changed or self._gradient_was_used():
             self.velora.pending = True
@@ -338,7 +357,8 @@ class CompressedLayer(PlainOutside):
             if every is not None and (state.steps % every == 0 or redraw or state.due):
                 self.fold(decay)
             else:
-                self._decay(decay)
+                if not state.frozen:  # else the coefficients alone decay, as a LoRA adapter does
+                    self._decay(decay)
                 self._note_seen()
         if redraw and config.init == "random":
             self.draw(None)

@@ -68,7 +68,11 @@ class PlainOutside(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}coef", None)
         if self.velora.pending:
-            destination[f"{prefix}weight"] = self.merged_weight()
+            self._save_pending(destination, prefix)
+
+    def _save_pending(self, destination: Any, prefix: str) -> None:
+        """What a plain checkpoint gets of coefficients that are not in the weight."""
+        destination[f"{prefix}weight"] = self.merged_weight()
 
     def _load_from_state_dict(
         self,
@@ -100,7 +104,7 @@ class PlainOutside(nn.Module):
         """Copy and pickle by the plain class, since the compressed class is made at run time."""
         self.collect()
         state = {k: v for k, v in self.__dict__.items() if k not in PROCESS}
-        return _blank, (self.plain_class,), state
+        return _blank, (self.plain_class, type(self).__mro__[1]), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state["velora"] = copy.copy(state["velora"])
@@ -113,10 +117,10 @@ class PlainOutside(nn.Module):
         return f"{super().extra_repr()}, velora: {state.groups} groups of {state.size}"
 
 
-def _blank(original: type[nn.Module]) -> PlainOutside:
+def _blank(original: type[nn.Module], kind_of_layer: Any) -> PlainOutside:
     from velora_torch.layers import compressed_class
     from velora_torch.stepping import watch
 
     watch()  # this may be a new process
-    kind = compressed_class(original)
+    kind = compressed_class(original, kind_of_layer)
     return kind.__new__(kind)

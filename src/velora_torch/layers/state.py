@@ -10,6 +10,9 @@ from velora_torch.config import VeloraConfig
 TENSORS = ("vectors", "delta", "running", "turn", "sign_turn")
 """Tensors of a compressed layer besides ``coef`` (buffers ``velora_*``, not in ``state_dict``)."""
 
+_SET_UP = ("config", "frozen")
+"""Fields that compressing sets: no part of a run's state."""
+
 
 @dataclass
 class LayerState:
@@ -19,6 +22,8 @@ class LayerState:
     groups: int
     size: int
     config: VeloraConfig = field(repr=False)
+    frozen: bool = False
+    """The weight was frozen before it was compressed (``train_frozen``): the base stays."""
     drawn: bool = False
     """Vectors were chosen (by data, or at once for random ones)."""
     due: bool = True
@@ -38,4 +43,4 @@ class LayerState:
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint needs besides the configuration."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SET_UP}

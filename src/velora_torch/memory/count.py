@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 NO_BACKWARD = -1
 """What torch calls the running backward pass while there is none."""
@@ -58,7 +59,7 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     storages = _Storages()
 
     def own() -> list[Tensor]:
-        return [*model.parameters(), *model.buffers()]
+        return list(weight_tensors(model))
 
     before = own()
 
@@ -94,19 +95,43 @@ def measure_step(
         optimizer.step()
     model.zero_grad(set_to_none=True)
     states = optimizer_state_bytes(optimizer) if optimizer is not None else 0
-    return StepBytes(
-        unique_bytes([*model.parameters(), *model.buffers()]), saved, gradients, states
-    )
+    return StepBytes(unique_bytes(weight_tensors(model)), saved, gradients, states)
+
+
+def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and what quantised ones consist of besides: scales and codes."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield from _parts(tensor, set())
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of an optimizer's state tensors."""
+    """Bytes of an optimizer's state tensors, those inside of objects (GaLore's) included."""
     return unique_bytes(
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
+        tensor for state in optimizer.state.values() for tensor in _parts(state, set())
     )
+
+
+def _parts(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors that a value holds: a tensor's own parts, a container's items, attributes."""
+    if id(value) in seen or isinstance(value, (nn.Module, type)) or callable(value):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        for name in names:
+            yield from _parts(getattr(value, name), seen)
+        return
+    if isinstance(value, Tensor):
+        yield value
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif type(value).__module__ != "builtins":
+        inner = vars(value).values() if hasattr(value, "__dict__") else ()
+    for item in list(inner):
+        yield from _parts(item, seen)
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:

@@ -93,7 +93,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from velora_torch.selection import _output_heads  # which imports the layers, and they us
+    from velora_torch.heads import output_heads  # which imports the layers, and they us
 
-    heads = {id(head) for head in _output_heads(model) if head is not None}
+    heads = {id(head) for head in output_heads(model) if head is not None}
     return [(name, module) for name, module in model.named_modules() if id(module) in heads]

@@ -103,6 +103,17 @@ class Quality:
     """The answers that the model chooses from; chance is one over their number."""
     accuracy_by_choice: dict[str, float | None] = field(default_factory=dict)
     """Accuracy on the examples whose right answer is this choice."""
+    metric: str = "accuracy"
+    """The score that counts."""
+    scores: dict[str, float | None] = field(default_factory=dict)
+    """All scores of a classification or a regression by name; None: not defined."""
+    perplexity: float | None = None
+    """Of a language model on general text, which shows what it forgets."""
+
+    @property
+    def score(self) -> float | None:
+        """The score that counts; higher is better."""
+        return self.scores.get(self.metric, self.accuracy)
 
 
 @dataclass

@@ -62,3 +62,25 @@ def linear_gradients(
 def expand(coef_OG: Tensor, e_GM: Tensor, features: int) -> Tensor:
     """The weight change that coefficients stand for: delta[o, g, m] = coef[o, g] * e[g, m]."""
     return reconstruct(coef_OG, e_GM, features)
+
+
+def scale_shift_gradients(
+    x: Tensor, gamma_D: Tensor, grad_output: Tensor, v_GM: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same idea for ``y = gamma * x + beta``: the plain gradient, from the rebuilt input.
+
+    Args:
+        x: input, (..., D).
+        gamma_D: scale of each feature, (D,).
+        grad_output: gradient of the loss with respect to y, (..., D).
+        v_GM: unit vectors, (G, M).
+        scale: factor on the gradient of gamma.
+
+    Returns:
+        Gradients of x and of the shift beta (exact), and of gamma: x, gamma, beta.
+    """
+    features = gamma_D.shape[0]
+    dY_TD = grad_output.reshape(-1, features)
+    x_hat_TD = reconstruct(compress(x.reshape(-1, features), v_GM), v_GM, features)
+    dgamma_D = scale * (dY_TD * x_hat_TD).sum(dim=0)
+    return grad_output * gamma_D, dgamma_D, dY_TD.sum(dim=0)

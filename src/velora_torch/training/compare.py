@@ -90,9 +90,9 @@ def compare_steps(
         _variant("VeLoRA", compress_for(recipe, _plain_copy(model)), make_optimizer),
     ]
     batch = _batch(recipe, data, next(model.parameters()).device)
-    tokens = batch["input_ids"].shape
+    shape = " x ".join(str(n) for n in next(iter(batch.values())).shape)
     for variant in variants:  # states exist and vectors are drawn after this
-        report(f"comparing: a {variant.name} step of {tokens[0]} x {tokens[1]} tokens")
+        report(f"comparing: a {variant.name} step of {shape}")
         variant.count(batch)
     for repeat in range(recipe.compare.repeats):
         # In turn, and the order changes: the first of a pair pays for what the other left.

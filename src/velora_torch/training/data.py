@@ -11,11 +11,12 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from velora_torch.training.answer_spans import Messages, chat_length, has_one_answer, learn_answers
 from velora_torch.training.assets import check_hub_model, check_model, normal_form
 from velora_torch.training.packing import IGNORED, Tokens, pack_text, pack_whole
+from velora_torch.training.perplexity import check_general_text
 from velora_torch.training.recipe import Recipe, RecipeError
 from velora_torch.training.rows import (
     Format,
@@ -26,7 +27,7 @@ from velora_torch.training.rows import (
     format_of,
     texts_of,
 )
-from velora_torch.training.schema import DataSection
+from velora_torch.training.sections import DataSection
 from velora_torch.training.sources import (
     DataError,
     Rows,
@@ -46,10 +47,11 @@ MOST_CHOICES = 50  # with metric "auto", more distinct answers than this are not
 class PreparedData:
     """What a run trains and evaluates on."""
 
-    format: Format
+    format: Format | Literal["labelled", "images"]
     train: Any
     """A `datasets.Dataset`: input_ids and labels (position_ids too when packed). For chat data,
-    what `SFTTrainer` takes: prompt and completion, input_ids and labels, or messages."""
+    what `SFTTrainer` takes: prompt and completion, input_ids and labels, or messages. Images are
+    a `torch.utils.data.Dataset`: pixel_values (3, H, W) in uint8 and labels."""
     eval: Any | None
     """The held-out examples in the same form, if there are any."""
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
@@ -58,6 +60,8 @@ class PreparedData:
     """The held-out instruction examples one by one, never packed."""
     choices: dict[str, list[int]] | None = None
     """All answers with their tokens, when they form a small closed set to choose from."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes of a classification; a label is the place of its name in it."""
     assistant_only_loss: bool = False
     """For `SFTConfig`: only marks in the chat template can tell the answers from the rest."""
     stats: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +72,9 @@ def check_sources(recipe: Recipe) -> None:
     """Check in seconds what would else fail after the model is loaded: names, files, packages."""
     for name in (recipe.data.train, recipe.data.eval):
         if name is not None:
-            check_source(name)
+            _checker(recipe, name)(name)
+    if recipe.evaluate.perplexity is not None:
+        check_general_text(recipe.evaluate.perplexity)
     check_model(recipe.model)
     check_hub_model(recipe.model)
 
@@ -82,6 +88,19 @@ def check_sources(recipe: Recipe) -> None:
             f"`train.optimizer` is {recipe.train.optimizer!r}, which is none of transformers' "
             f"optimizer names{hint}"
         )
+
+
+def _checker(recipe: Recipe, name: str) -> Callable[[str], None]:
+    """What checks a source of data without reading it."""
+    if recipe.task == "language-modeling":
+        return check_source
+    if recipe.task == "image-classification":
+        from velora_torch.training.pictures import check_pictures
+
+        return check_pictures
+    from velora_torch.training.labelled import check_labelled
+
+    return check_labelled
 
 
 def check_context(recipe: Recipe, context: int | None) -> None:
@@ -99,11 +118,19 @@ def prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     A tokenizer without a padding token gets its end-of-sequence token as one.
     """
     data = recipe.data
+    if recipe.task == "image-classification":
+        from velora_torch.training.pictures import prepare_pictures
+
+        return prepare_pictures(recipe)
     limit = tokenizer.model_max_length
     check_context(recipe, limit if limit < 10**9 else None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    train_rows, held_rows = _load(data)
+    if recipe.task != "language-modeling":
+        from velora_torch.training.labelled import prepare_labelled
+
+        return prepare_labelled(recipe, tokenizer)
+    train_rows, held_rows = load_rows(data)
     train = _part(train_rows, data, data.train)
     kind = format_of(data, train.columns, train.rows, data.train)
     if held_rows:
@@ -111,9 +138,9 @@ def prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         same_kind = data.model_copy(update={"format": kind})
         format_of(same_kind, held_out.columns, held_out.rows, held_out.source)
     else:
-        train, held_out = _split(train, data)
-    train = _some(train, data.max_train, data.seed)
-    held_out = _some(held_out, data.max_eval, data.seed)
+        train, held_out = split(train, data)
+    train = some(train, data.max_train, data.seed)
+    held_out = some(held_out, data.max_eval, data.seed)
 
     builders = {"instruction": _instructions, "chat": _chats, "text": _texts}
     prepared = builders[kind](recipe, tokenizer, train, held_out)
@@ -125,7 +152,7 @@ def _part(rows: Rows, data: DataSection, source: str) -> Part:
     return Part(source, columns_of(rows, data.columns, source), rows, list(range(len(rows))))
 
 
-def _load(data: DataSection) -> tuple[Rows, Rows]:
+def load_rows(data: DataSection) -> tuple[Rows, Rows]:
     """Read training rows, and held-out rows where the data bring some."""
     packaged = kind_of(data.train) == "packaged"
     if packaged:
@@ -142,14 +169,15 @@ def _load(data: DataSection) -> tuple[Rows, Rows]:
     return train, held_out
 
 
-def _split(part: Part, data: DataSection) -> tuple[Part, Part]:
+def split(part: Part, data: DataSection) -> tuple[Part, Part]:
     """Hold out a share of the rows; rows with equal prompts stay on one side."""
     total = len(part.rows)
     wanted = round(data.eval_fraction * total)
     if data.eval_fraction and total > 1:
         wanted = max(wanted, 1)
     columns = part.columns
-    names = [columns[n] for n in ("instruction", "input") if n in columns] or list(columns.values())
+    asked = ("instruction", "input", "text", "text_pair")
+    names = [columns[n] for n in asked if n in columns] or list(columns.values())
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(part.rows):
         key = "\n".join(normal_form(str(row.get(name, ""))) for name in names)
@@ -165,7 +193,8 @@ def _split(part: Part, data: DataSection) -> tuple[Part, Part]:
     return part.select([i for i in range(total) if i not in held]), part.select(sorted(held))
 
 
-def _some(part: Part, limit: int | None, seed: int) -> Part:
+def some(part: Part, limit: int | None, seed: int) -> Part:
+    """At most so many rows, drawn by a seed, in their order."""
     total = len(part.rows)
     if limit is None or limit >= total:
         return part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from velora_torch.training.schema import Recipe, TrainSection
+from velora_torch.training.schema import Recipe
+from velora_torch.training.sections import TrainSection
 
 
 def describe(recipe: Recipe) -> str:
@@ -36,6 +37,27 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
 
 
+METHOD_NAMES = {
+    "full": "full-parameter training",
+    "linear-probe": "the head only",
+    "bitfit": "biases only (BitFit)",
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "LoRA started by PiSSA",
+    "olora": "LoRA started by OLoRA",
+    "adalora": "AdaLoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "ia3": "IA3",
+    "ssf": "SSF",
+    "hydra": "Hydra",
+    "qlora": "LoRA on a quantised base",
+    "coefficients": "VeLoRA coefficients on a frozen base",
+}
+"""Methods in words."""
+
+
 def _savings(train: TrainSection) -> list[str]:
     """What saves memory exactly, in words."""
     every = train.gradient_checkpointing
@@ -51,13 +73,12 @@ def _savings(train: TrainSection) -> list[str]:
 
 
 def _method(recipe: Recipe) -> str:
-    text = {"full": "full-parameter training", "lora": "LoRA", "qlora": "LoRA on a 4-bit base"}
     suffix = ""
     if recipe.lora is not None:
         suffix = f", rank {recipe.lora.r}, alpha {recipe.lora.alpha:g}"
     if recipe.quantization is not None:
         suffix += f", {recipe.quantization.type}"
-    return text[recipe.method] + suffix
+    return METHOD_NAMES[recipe.method] + suffix
 
 
 def _velora(recipe: Recipe) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 
 from velora_torch.checkpoint import JSON_FILE, TENSOR_FILE, load_state
 from velora_torch.export import export_lora
+from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import FolderError, RunFolder
 from velora_torch.training.recipe import Recipe
+from velora_torch.training.schema import PEFT_METHODS
 
 RESUMING = (
     JSON_FILE,
@@ -44,9 +46,15 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
     if to.exists():
         raise FolderError(f"{to} exists; choose a new folder")
     source = folder.newest_model(compressed=recipe.velora is not None)
-    adapter = recipe.method != "full"
-    if lora and not adapter:
+    adapter = recipe.method in PEFT_METHODS or recipe.method == "coefficients"
+    pending = recipe.method == "coefficients" and source != folder.final
+    if lora and (pending or not adapter):
         export_lora(_load_compressed(recipe, source), to)
+    elif pending:
+        raise FolderError(
+            f"{run} was interrupted, and its coefficients are on a frozen base: export them as an "
+            f"adapter with --lora, or finish the run with --resume"
+        )
     elif adapter and not lora:
         _merge(recipe, source, to)
     else:
@@ -61,7 +69,7 @@ def _load_compressed(recipe: Recipe, source: Path) -> Any:
     if recipe.velora is None:
         raise FolderError("this run trained whole weights without VeLoRA: no adapter can hold them")
     there = recipe.model_copy(update={"model": str(source)})
-    model = compress_for(recipe, load_model(there, lambda line: None))
+    model = compress_for(recipe, load_model(there, lambda line: None, _data(recipe)))
     load_state(model, source)
     return model
 
@@ -72,7 +80,17 @@ def _merge(recipe: Recipe, source: Path, to: Path) -> None:
     from velora_torch.training.models import load_model, load_tokenizer
 
     plain = recipe.model_copy(update={"method": "full", "lora": None, "quantization": None})
-    base = load_model(plain, lambda line: None)
+    base = load_model(plain, lambda line: None, _data(recipe))
     model = PeftModel.from_pretrained(base, source).merge_and_unload()
     model.save_pretrained(to)
-    load_tokenizer(recipe, lambda line: None).save_pretrained(to)
+    if recipe.task != "image-classification":
+        load_tokenizer(recipe, lambda line: None).save_pretrained(to)
+
+
+def _data(recipe: Recipe) -> PreparedData | None:
+    """The data of a run whose model has a head for their classes."""
+    if recipe.task == "language-modeling":
+        return None
+    from velora_torch.training.assemble import prepare_data
+
+    return prepare_data(recipe, lambda line: None)[1]

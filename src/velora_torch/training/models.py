@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from velora_torch.config import VeloraConfig
 from velora_torch.model import compress
 from velora_torch.recomputation import checkpoint_blocks, recompute
 from velora_torch.training.assets import AssetError, resolve_model
-from velora_torch.training.schema import Recipe
+from velora_torch.training.data import PreparedData
+from velora_torch.training.methods import apply_method
+from velora_torch.training.schema import PEFT_METHODS, Recipe
 
 
 class ModelError(ValueError):
@@ -28,13 +30,26 @@ def check_settings(recipe: Recipe) -> None:
             VeloraConfig(**recipe.velora.to_kwargs())
         except ValueError as error:
             raise ModelError(f"velora: {error}") from None
-    needed = {"full": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}[recipe.method]
-    for package in needed:
+    for package, why, install in _needed(recipe):
         if importlib.util.find_spec(package) is None:
-            raise ModelError(
-                f"method: {recipe.method} needs {package}: "
-                f"pip install 'velora-torch[peft,quantized]'"
-            )
+            raise ModelError(f"{why} needs {package}: pip install '{install}'")
+
+
+def _needed(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Packages that a recipe needs besides those of `velora train`: name, why, what to install."""
+    why = f"method: {recipe.method}"
+    if recipe.method in PEFT_METHODS:
+        yield "peft", why, "velora-torch[peft]"
+    if recipe.quantization is not None:
+        yield "bitsandbytes", why, "velora-torch[quantized]"
+    if recipe.task != "language-modeling":
+        yield "sklearn", f"task: {recipe.task}", "scikit-learn"
+    if recipe.model.startswith("timm/"):
+        yield "timm", f"model: {recipe.model}", "timm"
+    if recipe.train.optimizer.startswith("galore"):
+        yield "galore_torch", f"train.optimizer: {recipe.train.optimizer}", "galore-torch"
+    if recipe.train.optimizer.startswith("apollo"):
+        yield "apollo_torch", f"train.optimizer: {recipe.train.optimizer}", "apollo-torch"
 
 
 def quiet() -> None:
@@ -73,27 +88,63 @@ def load_tokenizer(recipe: Recipe, report: Callable[[str], None]) -> Any:
         ) from None
 
 
-def load_model(recipe: Recipe, report: Callable[[str], None]) -> Any:
-    """Load the recipe's model, with adapters where it asks for them, not yet compressed."""
-    import torch
-    from transformers import AutoModelForCausalLM, set_seed
+def load_model(
+    recipe: Recipe, report: Callable[[str], None], data: PreparedData | None = None
+) -> Any:
+    """Load the recipe's model, adapted as its method says, not yet compressed.
 
-    set_seed(recipe.train.seed)  # new adapters are random
+    Args:
+        recipe: names the model, the task and the method.
+        report: shows a line.
+        data: says how many classes there are; needed for every task but language modeling.
+    """
+    import torch
+    import transformers
+
+    transformers.set_seed(recipe.train.seed)  # heads and adapters are random
     source = resolve_model(recipe.model, report)
     settings: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
-    if recipe.method == "qlora":
+    if recipe.attention is not None:
+        settings["attn_implementation"] = recipe.attention
+    if recipe.quantization is not None:
         settings["quantization_config"] = _quantization(recipe)
         settings["device_map"] = {"": _device()}
+    if recipe.task != "language-modeling":
+        assert data is not None
+        settings |= _head_settings(recipe, data)
+    loader = getattr(transformers, LOADERS[recipe.task])
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+        model = loader.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
         raise AssetError(f"cannot load the model {recipe.model!r}: {_first(error)}") from None
-    if recipe.method == "qlora":
+    if recipe.quantization is not None:
         from velora_torch.integrations.bitsandbytes import keep_differentiable
 
         keep_differentiable(model)
-    model.config.use_cache = False
-    return model if recipe.method == "full" else _with_adapters(model, recipe)
+    if recipe.task == "language-modeling":
+        model.config.use_cache = False
+    return apply_method(model, recipe)
+
+
+LOADERS = {
+    "language-modeling": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-regression": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""The class of transformers that loads a model for a task."""
+
+
+def _head_settings(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    """What a model's new head has to know."""
+    # A checkpoint's head for other classes is replaced.
+    settings: dict[str, Any] = {"ignore_mismatched_sizes": True}
+    if data.classes is None:
+        return settings | {"num_labels": 1, "problem_type": "regression"}
+    kind = {"problem_type": "single_label_classification"}
+    names = dict(enumerate(data.classes))
+    places = {name: place for place, name in names.items()}
+    return settings | kind | {"num_labels": len(names), "id2label": names, "label2id": places}
 
 
 def compress_for(recipe: Recipe, model: Any) -> Any:
@@ -120,31 +171,9 @@ def save_memory(recipe: Recipe, model: Any) -> Any:
             checkpoint_blocks(model, every)
         except ValueError as error:
             raise ModelError(f"train.gradient_checkpointing: {_first(error)}") from None
-        if recipe.method != "full":
+        if recipe.method != "full" and recipe.task == "language-modeling":
             model.enable_input_require_grads()
     return model
-
-
-def _with_adapters(model: Any, recipe: Recipe) -> Any:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    assert recipe.lora is not None
-    if recipe.method == "qlora":
-        # Gradient checkpointing is the trainer's; embeddings' outputs need a gradient for it.
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=recipe.train.gradient_checkpointing is True
-        )
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=recipe.lora.targets,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(f"lora.targets: {_first(error)}") from None
 
 
 def _quantization(recipe: Recipe) -> Any:
@@ -152,6 +181,8 @@ def _quantization(recipe: Recipe) -> Any:
     from transformers import BitsAndBytesConfig
 
     assert recipe.quantization is not None
+    if recipe.quantization.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.quantization.type,

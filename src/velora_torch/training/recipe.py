@@ -17,14 +17,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from velora_torch.training.schema import (
+from velora_torch.training.schema import Recipe
+from velora_torch.training.sections import (
     ColumnsSection,
     CompareSection,
     DataSection,
     EvaluateSection,
+    HydraSection,
     LoraSection,
     QuantizationSection,
-    Recipe,
     TrainSection,
     VeloraSection,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "CompareSection",
     "DataSection",
     "EvaluateSection",
+    "HydraSection",
     "LoraSection",
     "QuantizationSection",
     "Recipe",

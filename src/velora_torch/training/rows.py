@@ -7,19 +7,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from velora_torch.training.schema import ColumnsSection, DataSection
+from velora_torch.training.sections import ColumnsSection, DataSection
 from velora_torch.training.sources import DataError, Rows
 from velora_torch.training.templates import Example
 
 Format = Literal["instruction", "chat", "text"]
+Guesses = dict[str, tuple[str, ...]]
 
 # Common names, the likeliest first.
-GUESSES = {
+GUESSES: Guesses = {
     "instruction": ("instruction", "prompt", "question", "query"),
     "input": ("input", "context"),
     "output": ("output", "response", "answer", "completion", "target"),
     "text": ("text", "content"),
     "messages": ("messages", "conversations", "conversation"),
+}
+# For classification and regression, where "question" is a text and not a task.
+LABELLED_GUESSES: Guesses = {
+    "text": ("text", "sentence", "sentence1", "question1", "question", "premise", "content"),
+    "text_pair": ("text_pair", "sentence2", "question2", "hypothesis"),
+    "image": ("image", "img", "pixel_values"),
+    "label": ("label", "labels", "class", "score", "fine_label"),
 }
 NEEDED: dict[Format, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
@@ -49,11 +57,13 @@ class Part:
         return Part(self.source, self.columns, rows, places)
 
 
-def columns_of(rows: Rows, asked: ColumnsSection, source: str) -> dict[str, str]:
+def columns_of(
+    rows: Rows, asked: ColumnsSection, source: str, known: Guesses = GUESSES
+) -> dict[str, str]:
     """Map our names to the data's: those the recipe gives, which must exist, then guesses."""
     found = list(rows[0])
     mapping: dict[str, str] = {}
-    for ours, guesses in GUESSES.items():
+    for ours, guesses in known.items():
         theirs = getattr(asked, ours)
         if theirs is not None and theirs not in found:
             near = difflib.get_close_matches(theirs, found, 1, 0.5)

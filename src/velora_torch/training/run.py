@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from velora_torch.report.results import (
     write_results,
 )
 from velora_torch.training import budget
-from velora_torch.training.data import PreparedData, check_context, prepare
+from velora_torch.training.assemble import make_optimizer, place, prepare_data
+from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
 from velora_torch.training.recipe import Recipe
+from velora_torch.training.saving import save_final
 
 Say = Callable[[str], None]
 
@@ -37,6 +40,8 @@ class Options:
     command: str = ""
     resume: bool = False
     overwrite: bool = False
+    report: bool = True
+    """Write report.html."""
 
 
 def run(recipe: Recipe, options: Options, say: Say) -> Results:
@@ -61,16 +66,14 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     from velora_torch.training import models
 
     models.quiet()
-    tokenizer = models.load_tokenizer(recipe, say)
-    check_context(recipe, models.context(recipe))
     say("preparing the data")
-    data = prepare(recipe, tokenizer)
+    tokenizer, data = prepare_data(recipe, say)
     say(describe_data(data))
     prediction = None
     if recipe.memory_budget is not None:
         recipe, prediction = budget.fit(recipe, data, say)
     say(f"loading {recipe.model}")
-    model = _place(models.load_model(recipe, say))
+    model = place(models.load_model(recipe, say, data))
     former = _former_results(folder, checkpoint)
     before = None if former is None else former.before
     prediction = prediction or (None if former is None else former.prediction)
@@ -88,17 +91,17 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     compare: list[ComparisonRow] = []
     notes: list[str] = []
     if not record.interrupted:
-        trained.trainer.save_model(str(folder.final))
-        (folder.final / "training_args.bin").unlink(missing_ok=True)  # a pickle, for resuming
-        make_optimizer = _optimizer_maker(trained.trainer)
         trained.trainer.optimizer = trained.trainer.lr_scheduler = None
         gc.collect()
+        if recipe.train.save_final:
+            save_final(recipe, trained.trainer, folder.final)
         if recipe.evaluate.after:
             after = _evaluate(recipe, model, tokenizer, data, say, "after training")
         if recipe.compare is not None and data.collator is not None:
             from velora_torch.training.compare import compare_steps
 
-            compare = compare_steps(recipe, model, data, make_optimizer, say)
+            maker = partial(make_optimizer, recipe, tokenizer=tokenizer, data=data)
+            compare = compare_steps(recipe, model, data, maker, say)
     else:
         notes.append("interrupted by the user; resume with --resume")
     results = Results(
@@ -122,7 +125,7 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
         notes=notes,
         prediction=prediction,
     )
-    _write(results, folder)
+    _write(results, folder, options.report)
     return results
 
 
@@ -140,6 +143,11 @@ def _former_results(folder: RunFolder, checkpoint: Path | None) -> Results | Non
 def describe_data(data: PreparedData) -> str:
     """One line about the data."""
     stats = data.stats
+    if data.format == "images":
+        return (
+            f"{stats['train_examples']:,} training images, {stats['eval_examples']:,} held out; "
+            f"{len(data.classes or ())} classes"
+        )
     return (
         f"{stats['train_examples']:,} training examples, {stats['eval_examples']:,} held out; "
         f"{stats['train_tokens']:,} tokens, the longest example has {stats['longest']}"
@@ -173,7 +181,33 @@ def _train(
 def _evaluate(
     recipe: Recipe, model: Any, tokenizer: Any, data: PreparedData, say: Say, when: str
 ) -> Quality | None:
-    """Quality on held-out examples: accuracy where the answers are choices, else the loss."""
+    """Quality on held-out examples, and a language model's perplexity on general text."""
+    quality = _score(recipe, model, tokenizer, data, say, when)
+    if recipe.evaluate.perplexity is not None:
+        from velora_torch.training.perplexity import perplexity, windows
+
+        text = windows(recipe.evaluate.perplexity, tokenizer)
+        quality = quality or Quality()
+        quality.perplexity = perplexity(model, text)
+        say(f"{when}: perplexity on general text {quality.perplexity:.3f}")
+    return quality
+
+
+def _score(
+    recipe: Recipe, model: Any, tokenizer: Any, data: PreparedData, say: Say, when: str
+) -> Quality | None:
+    """Accuracy where the answers are choices or classes, a correlation, or the loss."""
+    if data.format in ("labelled", "images"):
+        if data.eval is None:
+            return None
+        from velora_torch.training.scoring import evaluate_labels
+
+        say(f"evaluating {when}: {len(data.eval)} held-out examples")
+        assert data.collator is not None
+        quality = evaluate_labels(recipe, model, data.eval, data.collator, data.classes)
+        shown = "undefined" if quality.score is None else f"{quality.score:.3f}"
+        say(f"{when}: {quality.metric} {shown}, loss {quality.loss:.4f}")
+        return quality
     if data.choices is not None:
         from velora_torch.training.evaluate import evaluate_choices
 
@@ -205,14 +239,6 @@ def _evaluate(
     return Quality(loss=metrics["eval_loss"], examples=len(held_out))
 
 
-def _place(model: Any) -> Any:
-    import torch
-
-    if torch.cuda.is_available() and not getattr(model, "is_quantized", False):
-        return model.to("cuda")
-    return model
-
-
 def _describe_model(recipe: Recipe, model: Any) -> ModelInfo:
     overview = summary(model)
     compressed = {
@@ -234,16 +260,9 @@ def _describe_model(recipe: Recipe, model: Any) -> ModelInfo:
     )
 
 
-def _optimizer_maker(trainer: Any) -> Callable[[Any], Any]:
-    def make(model: Any) -> Any:
-        kind, settings = type(trainer).get_optimizer_cls_and_kwargs(trainer.args, model)
-        return kind([p for p in model.parameters() if p.requires_grad], **settings)
-
-    return make
-
-
-def _write(results: Results, folder: RunFolder) -> None:
+def _write(results: Results, folder: RunFolder, report: bool) -> None:
     from velora_torch.report.page import write_report
 
     write_results(results, folder.results)
-    write_report(results, folder.report)
+    if report:
+        write_report(results, folder.report)

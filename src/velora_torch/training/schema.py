@@ -1,295 +1,69 @@
-"""What a recipe may say: typed sections, their defaults, and which settings exclude each other.
+"""What a recipe may say: its top level, and which settings exclude each other.
 
-The docstring under a field is its documentation; error messages quote its first sentence.
-Files and overrides are read in `recipe.py`.
+The sections are in `sections.py`; files and overrides are read in `recipe.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import string
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
 from velora_torch.memory.planner.budget import parse_budget
+from velora_torch.training.sections import (
+    CompareSection,
+    DataSection,
+    EvaluateSection,
+    HydraSection,
+    LoraSection,
+    Positive,
+    QuantizationSection,
+    Section,
+    TrainSection,
+    VeloraSection,
+    fail,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Targets = str | Annotated[list[str], Field(min_length=1)]
-
-TEMPLATES = ("alpaca", "chat", "plain")
-PLACEHOLDERS = ("instruction", "input", "system")
-
-
-def fail(key: str, reason: str) -> NoReturn:
-    """Refuse a combination of settings, naming the dotted key that is at fault."""
-    raise PydanticCustomError("recipe", "{reason}", {"key": key, "reason": reason})
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, and a text is not taken for a number."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class VeloraSection(Section):
-    """What is compressed, and how: the fields of `velora_torch.VeloraConfig`."""
-
-    targets: Targets = "all-linear"
-    """"all-linear", a list of layer names, or a regular expression over full names."""
-    num_groups: Positive | dict[str, Positive] | None = None
-    """Groups per layer input: one number, or one per layer name; 32 if sub_token_size is unset."""
-    sub_token_size: Positive | dict[str, Positive] | None = None
-    """Width of a group, instead of num_groups: one number, or one per layer name."""
-    init: Literal["average", "running_average", "batch_average", "random", "svd"] = "average"
-    """How the projection vector is chosen."""
-    vectors: Literal["shared", "per_group"] = "shared"
-    """One vector per layer, or one per group of a layer."""
-    refresh_every: Positive | None = None
-    """Optimizer steps between new vectors; null keeps them for the whole run."""
-    scale: float = Field(default=1.0, gt=0)
-    """Factor on the compressed weight gradient."""
-    gradient: Literal["factored", "dense"] = "factored"
-    """"factored" trains on the small factor; "dense" fills weight.grad as the paper does."""
-    seed: Natural = 0
-    """Seed of random vectors."""
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """How an update is rounded when it is folded into low-precision weights."""
-    fold_every: Positive | None = 1
-    """Optimizer steps between folds into the weights; null never folds while training."""
-    running_decay: float = Field(default=0.9, ge=0, lt=1)
-    """Weight of the past in the running average."""
-    track_delta: bool = True
-    """Keep the sum of all folded coefficients, which exporting a LoRA adapter needs."""
-
-    @field_validator("targets")
-    @classmethod
-    def _is_regular_expression(cls, targets: str | list[str]) -> str | list[str]:
-        if isinstance(targets, str):
-            try:
-                re.compile(targets)
-            except re.error as error:
-                raise ValueError(f"is not a regular expression: {error}") from None
-        return targets
-
-    @model_validator(mode="after")
-    def _one_way_to_group(self) -> Self:
-        if self.num_groups is not None and self.sub_token_size is not None:
-            fail("velora.sub_token_size", "set num_groups or sub_token_size, not both")
-        return self
-
-    def to_kwargs(self) -> dict[str, Any]:
-        """Return the settings that were given, as keyword arguments for `VeloraConfig`."""
-        given = self.model_dump(include=self.model_fields_set)
-        unset = ("num_groups", "sub_token_size")  # null means "not given" for these two
-        return {k: v for k, v in given.items() if not (k in unset and v is None)}
-
-
-class LoraSection(Section):
-    """PEFT's LoRA adapters."""
-
-    r: Positive = 16
-    """Rank of the adapters."""
-    alpha: float = Field(default=32, gt=0)
-    """Numerator of the adapters' scale alpha / r."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout on the adapters' input."""
-    targets: Targets = "all-linear"
-    """"all-linear", a list of layer names, or a regular expression over full names."""
-
-
-class QuantizationSection(Section):
-    """The frozen 4-bit base of qlora, by bitsandbytes."""
-
-    type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit data type."""
-    double: bool = True
-    """Quantise the quantisation constants too."""
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of the multiplications."""
-
-
-class ColumnsSection(Section):
-    """The data's own names for what the templates need; null: guessed from common names."""
-
-    instruction: str | None = None
-    """Column with the task or the question."""
-    input: str | None = None
-    """Column with what the instruction applies to; may be absent."""
-    output: str | None = None
-    """Column with the answer to learn."""
-    text: str | None = None
-    """Column with plain text."""
-    messages: str | None = None
-    """Column with a list of {role, content} messages."""
-
-
-class DataSection(Section):
-    """What is learnt from, and how it becomes tokens."""
-
-    train: str = Field(min_length=1)
-    """A packaged data set, a file (.jsonl .json .csv .txt .parquet), or a hub data set."""
-    eval: str | None = Field(default=None, min_length=1)
-    """Held-out data, as for train; null splits it off train."""
-    eval_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of train that is held out when eval is null; packaged data bring their own split."""
-    subset: str | None = None
-    """Configuration name of a hub data set that has several."""
-    train_split: str = "train"
-    """Split of a hub data set to train on."""
-    eval_split: str | None = None
-    """Split of a hub data set to evaluate on."""
-    format: Literal["instruction", "chat", "text"] | None = None
-    """Kind of data; null takes it from the columns."""
-    columns: ColumnsSection = Field(default_factory=ColumnsSection)
-    """Column names."""
-    template: str = Field(default="alpaca", min_length=1)
-    """"alpaca", "chat" (the tokenizer's), "plain", or a text with {instruction} and {input}."""
-    system: str | None = None
-    """System message for the chat template, or {system} of a template of your own."""
-    max_length: int = Field(default=512, ge=8)
-    """Longest sequence, in tokens."""
-    too_long: Literal["error", "truncate", "skip"] = "error"
-    """What to do with an example longer than max_length."""
-    packing: bool = False
-    """Fill sequences of max_length with several examples, which don't see each other."""
-    answers_only: bool = True
-    """Learn the answers, not the prompts."""
-    max_train: Positive | None = None
-    """Use at most so many training examples."""
-    max_eval: Positive | None = None
-    """Use at most so many held-out examples."""
-    seed: Natural = 0
-    """Seed of the split and of the choice when max_train or max_eval leaves some out."""
-
-    @field_validator("template")
-    @classmethod
-    def _is_template(cls, template: str) -> str:
-        if template in TEMPLATES:
-            return template
-        try:
-            names = [
-                name for _, name, _, _ in string.Formatter().parse(template) if name is not None
-            ]
-        except ValueError as error:
-            raise ValueError(f"has a stray brace ({error}); write {{{{ for a literal one") from None
-        for name in names:
-            if name not in PLACEHOLDERS:
-                raise ValueError(
-                    f"has an unknown placeholder {{{name}}}; "
-                    "known: {instruction}, {input}, {system}"
-                )
-        if not {"instruction", "input"} & set(names):
-            near = difflib.get_close_matches(template, TEMPLATES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"is none of {', '.join(TEMPLATES)}, "
-                f"and contains no {{instruction}} or {{input}}{hint}"
-            )
-        return template
-
-    @model_validator(mode="after")
-    def _one_eval(self) -> Self:
-        default = type(self).model_fields["eval_fraction"].default
-        if self.eval is not None and self.eval_fraction != default:
-            fail("data.eval_fraction", "splits train, but data.eval names held-out data already")
-        return self
-
-
-class TrainSection(Section):
-    """The optimisation, and what is written while it runs."""
-
-    output: str = Field(default="runs/default", min_length=1)
-    """Folder for checkpoints and results; by default runs/ and the recipe's name."""
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the data; 1 when steps is not given either."""
-    steps: Positive | None = None
-    """Optimizer steps, instead of epochs."""
-    batch_size: Positive = 8
-    """Sequences in one forward pass."""
-    accumulation: Positive = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Highest learning rate of the schedule."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
-    warmup: Natural | Annotated[float, Field(ge=0, lt=1)] = 0
-    """Steps of rising learning rate (a whole number), or their share of all steps (below 1)."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    optimizer: str = "adamw_torch"
-    """One of transformers' optimizer names."""
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=[0.9, 0.999], min_length=2, max_length=2
-    )
-    """Adam's decay rates of the two moments."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Adam's epsilon."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are clipped to this norm; 0 leaves them."""
-    seed: Natural = 0
-    """Seed of the order of examples, dropout and new weights."""
-    gradient_checkpointing: bool | Positive = False
-    """Compute activations twice instead of saving them; a number n: those of 1 block in n."""
-    recompute: bool = False
-    """Norms and activation functions save only their input, and are computed again."""
-    chunked_loss: bool = False
-    """Compute the loss in chunks, so that the logits never exist as a whole."""
-    autocast: bool = False
-    """Mixed precision: compute in bfloat16 (float16 with float16 weights) under autocast."""
-    log_every: Positive = 10
-    """Steps between log lines."""
-    eval_every: Positive | None = None
-    """Steps between evaluations of the loss; null: only before and after."""
-    save_every: Positive | None = None
-    """Steps between checkpoints; null: only at the end."""
-    keep: Positive = 2
-    """Checkpoints to keep."""
-    tensorboard: bool = True
-    """Write TensorBoard logs."""
-    group_by_length: bool = False
-    """Put examples of similar length into one batch: less padding."""
-    longest_first: bool = False
-    """Begin with the longest example: if a batch is too large for the memory, the first one is."""
-
-    @model_validator(mode="after")
-    def _one_duration(self) -> Self:
-        if self.steps is not None and self.epochs is not None:
-            fail("train.steps", "set train.epochs or train.steps, not both")
-        if self.steps is None and self.epochs is None:
-            self.epochs = 1.0
-        return self
-
-
-class EvaluateSection(Section):
-    """What is measured on held-out data around the training."""
-
-    before: bool = True
-    """Evaluate the untrained model."""
-    after: bool = True
-    """Evaluate the trained model."""
-    max_examples: Positive | None = None
-    """Held-out examples to evaluate; null: all."""
-    metric: Literal["auto", "choice", "loss"] = "auto"
-    """"choice": accuracy of the likeliest of the answers that occur; "loss"; "auto" decides."""
-    batch_size: Positive = 16
-    """Sequences in one forward pass of an evaluation."""
-
-
-class CompareSection(Section):
-    """A side-by-side measurement after the run: plain steps and VeLoRA steps, interleaved."""
-
-    repeats: Positive = 5
-    """Steps of each kind that are timed."""
-    batch_size: Positive | None = None
-    """Sequences in a timed step; null: train.batch_size."""
-    length: Positive | None = None
-    """Tokens of each sequence; null: as the training data."""
+Task = Literal[
+    "language-modeling", "text-classification", "text-regression", "image-classification"
+]
+Method = Literal[
+    "full",
+    "linear-probe",
+    "bitfit",
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "olora",
+    "adalora",
+    "loha",
+    "lokr",
+    "ia3",
+    "ssf",
+    "hydra",
+    "qlora",
+    "coefficients",
+]
+PEFT_METHODS = (
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "olora",
+    "adalora",
+    "loha",
+    "lokr",
+    "ia3",
+    "qlora",
+)
+"""Methods whose adapters PEFT makes."""
+METRICS = {
+    "language-modeling": ("auto", "choice", "loss"),
+    "text-classification": ("auto", "loss", "accuracy", "f1", "matthews"),
+    "text-regression": ("auto", "loss", "pearson", "spearman"),
+    "image-classification": ("auto", "loss", "accuracy", "f1", "matthews"),
+}
 
 
 class Recipe(Section):
@@ -299,16 +73,25 @@ class Recipe(Section):
     """A packaged model's name, a hub id, or a local folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the weights."""
-    method: Literal["full", "lora", "qlora"] = "full"
-    """Train all weights, LoRA adapters, or LoRA adapters on a 4-bit base."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
+    """How transformers computes attention; null: its own choice. eager is fastest for short
+    sequences on a CPU, and keeps the attention weights."""
+    task: Task = "language-modeling"
+    """What the model learns to do."""
+    method: Method = "full"
+    """What is trained: all weights, the head, biases, adapters, or coefficients alone."""
+    head: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of the layers that a task adds and that always train; null: found."""
     memory_budget: str | Positive | None = None
     """Such as 24GiB: settings that save memory and are not given are chosen so that it fits."""
     velora: VeloraSection | None = Field(default_factory=VeloraSection)
     """Compression; null trains without."""
     lora: LoraSection | None = None
-    """Adapters, for the methods lora and qlora."""
+    """PEFT's adapters, for the methods that have them."""
+    hydra: HydraSection | None = None
+    """Branches, for the method hydra."""
     quantization: QuantizationSection | None = None
-    """The 4-bit base, for the method qlora."""
+    """The quantised base, for the methods qlora and coefficients."""
     data: DataSection
     """What is learnt from."""
     train: TrainSection = Field(default_factory=TrainSection)
@@ -329,6 +112,8 @@ class Recipe(Section):
     def _budget_can_be_planned(self) -> Self:
         if self.memory_budget is None:
             return self
+        if self.method not in ("full", "lora", "qlora"):
+            fail("memory_budget", f"cannot be planned for method: {self.method}")
         if self.train.autocast:
             fail("memory_budget", "cannot be planned with train.autocast, which is not simulated")
         if self.compare is not None and "velora" not in self.model_fields_set:
@@ -337,14 +122,59 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _method_and_sections(self) -> Self:
-        if self.lora is not None and self.method == "full":
-            fail("lora", "has no effect with method: full; set method: lora, or remove the section")
-        if self.quantization is not None and self.method != "qlora":
-            fail("quantization", f"has no effect with method: {self.method}; set method: qlora")
-        if self.method != "full" and self.lora is None:
+        method = self.method
+        if self.lora is not None and method not in PEFT_METHODS:
+            instead = "set method: lora, or remove the section"
+            fail("lora", f"has no effect with method: {method}; {instead}")
+        if self.hydra is not None and method != "hydra":
+            fail("hydra", f"has no effect with method: {method}; set method: hydra")
+        if self.quantization is not None and method not in ("qlora", "coefficients"):
+            fail("quantization", f"has no effect with method: {method}; set method: qlora")
+        if method in PEFT_METHODS and self.lora is None:
             self.lora = LoraSection()
-        if self.method == "qlora" and self.quantization is None:
+        if method == "hydra" and self.hydra is None:
+            self.hydra = HydraSection()
+        if method == "qlora" and self.quantization is None:
             self.quantization = QuantizationSection()
+        if method == "linear-probe" and "velora" not in self.model_fields_set:
+            self.velora = None  # nothing to compress
+        return self
+
+    @model_validator(mode="after")
+    def _coefficients_alone(self) -> Self:
+        if self.method != "coefficients":
+            return self
+        if self.velora is None:
+            fail("velora", "holds the coefficients that method: coefficients trains; set it")
+        given = self.velora.model_fields_set
+        if "fold_every" in given and self.velora.fold_every is not None:
+            fail("velora.fold_every", "must be null with method: coefficients: the base stays")
+        if "train_frozen" in given and not self.velora.train_frozen:
+            fail(
+                "velora.train_frozen", "must be true with method: coefficients: the base is frozen"
+            )
+        self.velora.fold_every, self.velora.train_frozen = None, True
+        return self
+
+    @model_validator(mode="after")
+    def _task_and_settings(self) -> Self:
+        if self.evaluate.metric not in METRICS[self.task]:
+            known = ", ".join(METRICS[self.task])
+            fail("evaluate.metric", f"is not a metric of task: {self.task}; known: {known}")
+        if self.task == "language-modeling":
+            return self
+        if self.memory_budget is not None:
+            fail("memory_budget", f"cannot be planned for task: {self.task}; use `velora plan`")
+        if self.data.packing:
+            fail("data.packing", f"has no meaning with task: {self.task}")
+        if self.train.chunked_loss:
+            fail("train.chunked_loss", f"is for language models, not for task: {self.task}")
+        if self.evaluate.perplexity is not None:
+            fail("evaluate.perplexity", f"is for language models, not for task: {self.task}")
+        if self.task == "image-classification" and self.train.group_by_length:
+            fail("train.group_by_length", "has no meaning for images")
+        if self.task == "image-classification" and self.compare and self.compare.length:
+            fail("compare.length", "has no meaning for images")
         return self
 
     @model_validator(mode="after")

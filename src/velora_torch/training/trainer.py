@@ -15,12 +15,18 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from velora_torch.integrations.transformers import VeloraTrainerMixin
-from velora_torch.memory.count import optimizer_state_bytes, saved_bytes, unique_bytes
+from velora_torch.memory.count import (
+    optimizer_state_bytes,
+    saved_bytes,
+    unique_bytes,
+    weight_tensors,
+)
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.schema import Recipe
+from velora_torch.training.sections import TrainSection
 
 
 @dataclass
@@ -50,8 +56,7 @@ class RecordingMixin(VeloraTrainerMixin):
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         """One forward and backward pass."""
         record = self.record
-        mask = inputs.get("attention_mask")
-        record.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        record.tokens += _amount(inputs)
         if record.memory.saved_activations is not None:
             return super().training_step(model, inputs, *rest)  # type: ignore[misc]
         with saved_bytes(self.model) as count:
@@ -60,8 +65,16 @@ class RecordingMixin(VeloraTrainerMixin):
         record.memory.gradients = unique_bytes(
             p.grad for p in model.parameters() if p.grad is not None
         )
-        record.memory.weights = unique_bytes([*model.parameters(), *model.buffers()])
+        record.memory.weights = unique_bytes(weight_tensors(model))
         return loss
+
+
+def _amount(inputs: dict[str, Any]) -> torch.Tensor | int:
+    """Tokens of a batch, padding left out, or its images."""
+    if "pixel_values" in inputs:
+        return len(inputs["pixel_values"])
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else mask.sum()
 
 
 class RecordingTrainer(RecordingMixin, Trainer):
@@ -71,8 +84,8 @@ class RecordingTrainer(RecordingMixin, Trainer):
 class RecordCallback(TrainerCallback):
     """Writes log lines into the record and shows progress."""
 
-    def __init__(self, record: Record, say: Callable[[str], None]) -> None:
-        self._record, self._say = record, say
+    def __init__(self, record: Record, say: Callable[[str], None], unit: str = "tokens") -> None:
+        self._record, self._say, self._unit = record, say, unit
         self._start = self._last = time.perf_counter()
         self._tokens_before, self._first_step = 0, 0
 
@@ -90,6 +103,13 @@ class RecordCallback(TrainerCallback):
         if self._record.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """AdaLoRA moves ranks between layers after every step, while the gradients are there."""
+        base = getattr(rest["model"], "base_model", None)
+        allocate = getattr(base, "update_and_allocate", None)
+        if allocate is not None:
+            allocate(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any
@@ -118,7 +138,7 @@ class RecordCallback(TrainerCallback):
         left = (now - self._start) / done * (state.max_steps - state.global_step)
         self._say(
             f"step {state.global_step}/{state.max_steps}  loss {point.loss:.4f}  "
-            f"lr {point.learning_rate:.2e}  {rate:,.0f} tokens/s  "
+            f"lr {point.learning_rate:.2e}  {rate:,.0f} {self._unit}/s  "
             f"memory {format_bytes(point.peak_bytes)}  left {format_seconds(left)}"
         )
 
@@ -167,6 +187,8 @@ def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
         "warmup_steps": train.warmup,
         "weight_decay": train.weight_decay,
         "optim": train.optimizer,
+        "optim_target_modules": _projected(train),
+        "optim_args": ",".join(f"{k}={v}" for k, v in train.optimizer_settings.items()) or None,
         "adam_beta1": train.betas[0],
         "adam_beta2": train.betas[1],
         "adam_epsilon": train.eps,
@@ -196,6 +218,13 @@ def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
     }
 
 
+def _projected(train: TrainSection) -> str | list[str] | None:
+    """Layers whose gradients a low-rank optimizer projects."""
+    if train.optimizer.startswith(("galore", "apollo")):
+        return train.optimizer_targets or "all-linear"
+    return train.optimizer_targets
+
+
 def build_trainer(
     recipe: Recipe,
     model: Any,
@@ -212,7 +241,9 @@ def build_trainer(
         "train_dataset": data.train,
         "eval_dataset": data.eval,
         "processing_class": tokenizer,
-        "callbacks": [RecordCallback(record, say)],
+        "callbacks": [
+            RecordCallback(record, say, "images" if recipe.task.startswith("image") else "tokens")
+        ],
     }
     if data.format == "chat":
         from velora_torch.training.sft import build_chat_trainer

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from velora_torch import blocks
+from velora_torch.heads import output_heads
 from velora_torch.memory.fake import FakeWorld
 from velora_torch.memory.simulator.four_bit import is_bitsandbytes, stand_in
 from velora_torch.memory.simulator.presets import PRESETS, preset
 from velora_torch.memory.simulator.task import Task, auto_class, choose_task, task_of_class
-from velora_torch.selection import _output_heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +41,7 @@ class Architecture:
     def __init__(self, name: str, skeleton: nn.Module, task: Task | None, config: Any) -> None:
         self.name = name
         self.depth = blocks.uniform_depth(skeleton)
-        heads = [head for head in _output_heads(skeleton) if head is not None]
+        heads = [head for head in output_heads(skeleton) if head is not None]
         self.vocab = getattr(heads[0], "out_features", None) if heads else None
         self._task, self._config = task, config
         self._positions = _positions(skeleton, config)

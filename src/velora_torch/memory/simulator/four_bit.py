@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn import functional as F
 
+from velora_torch.heads import output_heads
 from velora_torch.layers import is_conv1d, linear_shape
-from velora_torch.selection import _output_heads
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -182,7 +182,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _kept(model: nn.Module) -> list[str]:
     """Names of the modules that transformers does not quantise."""
-    heads = {id(head) for head in _output_heads(model) if head is not None}
+    heads = {id(head) for head in output_heads(model) if head is not None}
     names = [name for name, module in model.named_modules() if id(module) in heads]
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():

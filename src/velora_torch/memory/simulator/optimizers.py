@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from velora_torch import optimizers
-from velora_torch.selection import _output_heads
+from velora_torch.heads import output_heads
 
 SMALL = 4096
 """Parameters of fewer numbers have 32-bit states in bitsandbytes' 8-bit optimizers."""
@@ -193,7 +193,7 @@ def make_optimizer(name: str, model: nn.Module, rank: int = 128) -> Optimizer:
     if name != "galore_adamw":
         return OPTIMIZERS[name](parameters)
     _vouch()
-    heads = {id(head) for head in _output_heads(model) if head is not None}
+    heads = {id(head) for head in output_heads(model) if head is not None}
     weights = {
         id(module._parameters["weight"])
         for module in model.modules()

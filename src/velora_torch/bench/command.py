@@ -1,0 +1,234 @@
+"""What `velora bench` does: check everything, run what is open, time, write table and plot."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from velora_torch.atomic import write_whole
+from velora_torch.bench import cell as cell_room
+from velora_torch.bench import timing
+from velora_torch.bench.catalogue import BENCHES
+from velora_torch.bench.grid import Bench, Cell, Row, cells, changes, newest
+from velora_torch.bench.preflight import check_grid
+from velora_torch.bench.runner import FAILURES, RunCell, Runner, read_rows
+from velora_torch.bench.table import markdown, summarise
+
+Say = Callable[[str], None]
+ROWS, TIMES, TABLE, PLOT = "rows.jsonl", "times.jsonl", "table.md", "accuracy_memory"
+
+
+@dataclass
+class Request:
+    """What a user asks of `velora bench`."""
+
+    name: str
+    output: Path | None = None
+    """None: runs/bench/NAME."""
+    scale: str = "local"
+    tasks: str | None = None
+    """Names with commas between them; None: all."""
+    variants: str | None = None
+    seeds: int = 3
+    jobs: int = 1
+    limit: int | None = None
+    """Cells to run in this call."""
+    list_only: bool = False
+    table_only: bool = False
+    time: bool = True
+    command: str = ""
+
+
+class BenchError(ValueError):
+    """A bench can't be run as asked."""
+
+
+def bench(
+    request: Request,
+    say: Say,
+    run_cell: RunCell | None = None,
+    make_step: Callable[[Cell], timing.Step] = timing.make_step,
+) -> int:
+    """Run a bench, or go on with it.
+
+    Args:
+        request: what to run.
+        say: shows a line.
+        run_cell: runs one cell; None trains it.
+        make_step: builds what is timed.
+
+    Returns:
+        0, or 1 where cells or the timing have failed.
+
+    Raises:
+        BenchError: unknown names, missing packages or data; nothing has been run.
+        KeyboardInterrupt: Ctrl-C; finished cells are kept, and the table shows them.
+    """
+    chosen = select(request)
+    output = request.output or Path("runs/bench") / request.name
+    grid = cells(chosen.bench, request.scale, chosen.tasks, chosen.variants, request.seeds)
+    if request.list_only:
+        _list(grid, output / ROWS, say)
+        return 0
+    if request.table_only:
+        return _write_table(chosen.bench, request.scale, grid, output, say)
+    if run_cell is None:
+        check_grid(chosen.bench.scales[request.scale], grid)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".scratch-") as scratch:
+        if run_cell is None:
+            run_cell = partial(
+                cell_room.run_cell, command=request.command, scratch=Path(scratch).resolve()
+            )
+        runner = Runner(output / ROWS, run_cell, say, request.jobs)
+        _say_stale(runner, grid, say)
+        try:
+            outcome = runner.run(grid, request.limit)
+            failed = bool(outcome.failed)
+            if request.time and not outcome.left:
+                failed |= not _time(request, chosen, grid, output, make_step, say)
+        except KeyboardInterrupt:
+            say("interrupted: finished cells are kept; the same command goes on")
+            _write_table(chosen.bench, request.scale, grid, output, say)
+            raise
+    for cell, reason in outcome.failed.items():
+        say(f"failed: {cell}: {reason}")
+    if outcome.left:
+        say(f"{outcome.left} cells are left; the same command goes on")
+    _write_table(chosen.bench, request.scale, grid, output, say)
+    return int(failed)
+
+
+@dataclass
+class Selected:
+    """Names that exist, in the bench's own order."""
+
+    bench: Bench
+    tasks: list[str]
+    variants: list[str]
+
+
+def select(request: Request) -> Selected:
+    """Look up what a request names.
+
+    Raises:
+        BenchError: something has another name; near misses are named.
+    """
+    found = BENCHES.get(request.name)
+    if found is None:
+        raise BenchError(_unknown("bench", request.name, list(BENCHES)))
+    if request.scale not in found.scales:
+        raise BenchError(_unknown("scale", request.scale, list(found.scales)))
+    for name in ("seeds", "jobs", "limit"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise BenchError(f"--{name} must be at least 1, not {value}")
+    tasks = _names("task", request.tasks, list(found.scales[request.scale].tasks))
+    variants = _names("variant", request.variants, [v.name for v in found.variants])
+    return Selected(found, tasks, variants)
+
+
+def _names(kind: str, given: str | None, known: Sequence[str]) -> list[str]:
+    if given is None:
+        return list(known)
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise BenchError(_unknown(kind, name, known))
+    if not names:
+        raise BenchError(f"--{kind}s is empty; there are: {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 2, 0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return f"no {kind} {name!r}; {hint}there are: {', '.join(known)}"
+
+
+def _say_stale(runner: Runner, grid: Sequence[Cell], say: Say) -> None:
+    """Tell which settings differ in rows that will be run again: the first few."""
+    _, stale = runner.finished(grid)
+    by_place = {cell.place: cell for cell in grid}
+    for row in stale[:3]:
+        cell = by_place[row.place]
+        differences = list(changes(row, cell))
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        say(f"stale: {cell}: {'; '.join(differences[:4])}{more}")
+    if len(stale) > 3:
+        say(f"stale: {len(stale) - 3} more")
+
+
+def _list(grid: Sequence[Cell], path: Path, say: Say) -> None:
+    """Show every cell and its state."""
+    found, stale = newest(read_rows(path), grid)
+    places = {row.place for row in stale}
+    for number, cell in enumerate(grid, 1):
+        state = "open"
+        if cell in found:
+            state = f"finished, {found[cell].metric} {found[cell].score:.3f}"
+        elif cell.place in places:
+            state = "stale: its recipe has changed"
+        say(f"{number}/{len(grid)}  {cell}: {state}")
+
+
+def _time(
+    request: Request,
+    chosen: Selected,
+    grid: Sequence[Cell],
+    output: Path,
+    make_step: Callable[[Cell], timing.Step],
+    say: Say,
+) -> bool:
+    """Time the variants on one task, unless that has been done; False where it has failed."""
+    task = chosen.bench.scales[request.scale].timed
+    if task not in chosen.tasks:
+        task = chosen.tasks[0]
+    timed = [cell for cell in grid if cell.task == task and cell.seed == 0]
+    path = output / TIMES
+    known = timing.current(timing.read_times(path), timed)
+    if timing.newest_with(known, chosen.variants):
+        say(f"the steps on {task} are timed already")
+        return True
+    try:
+        timing.write_times(path, timing.time_variants(timed, make_step, say, request.command))
+    except FAILURES as error:
+        say(f"timing: FAILED: {type(error).__name__}: {error}".partition("\n")[0])
+        return False
+    return True
+
+
+def _write_table(chosen: Bench, scale: str, grid: Sequence[Cell], output: Path, say: Say) -> int:
+    """Write table.md and the plot from all rows of today's recipes, this call's or not."""
+    rows = read_rows(output / ROWS)
+    if not rows:
+        say(f"{output / ROWS}: no finished cell yet, so there is no table")
+        return 1
+    own = [row for row in rows if (row.bench, row.scale) == (chosen.name, scale)]
+    seeds = 1 + max([cell.seed for cell in grid] + [row.seed for row in own])
+    variants = [variant.name for variant in chosen.variants]
+    whole = cells(chosen, scale, chosen.scales[scale].tasks, variants, seeds)
+    kept, stale = _current(own, whole)
+    if stale:
+        say(f"{len(stale)} rows of former recipes are not in the table")
+    times = timing.current(timing.read_times(output / TIMES), whole)
+    expected = len({cell.place for cell in grid} | {row.place for row in kept})
+    summary = summarise(chosen, scale, kept, times, expected)
+    output.mkdir(parents=True, exist_ok=True)
+    from velora_torch.bench.plot import draw
+
+    drawn = draw(summary, output / PLOT)
+    text = markdown(summary, f"{PLOT}.png" if drawn else None)
+    write_whole(output / TABLE, text)
+    say(text)
+    say(f"Table: {output / TABLE}")
+    return 0
+
+
+def _current(rows: Sequence[Row], grid: Sequence[Cell]) -> tuple[list[Row], list[Row]]:
+    found, stale = newest(rows, grid)
+    return list(found.values()), stale

@@ -1,0 +1,191 @@
+"""A training step of every variant, timed in turn on one task."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from velora_torch.bench.cell import recipe_of
+from velora_torch.bench.grid import Cell
+from velora_torch.bench.store import append_line, read_lines
+from velora_torch.report.environment import machine_info, version_info
+
+if TYPE_CHECKING:
+    from velora_torch.training.schema import Recipe
+
+Say = Callable[[str], None]
+Step = Callable[[], None]
+ROUNDS = 7
+
+
+@dataclass
+class StepTime:
+    """Seconds of a variant's training step; one line of times.jsonl."""
+
+    bench: str
+    scale: str
+    task: str
+    variant: str
+    fingerprint: str
+    session: str
+    """Date of the start; only times of one session are compared with each other."""
+    median: float
+    low: float
+    high: float
+    rounds: int
+    ratio: float
+    """To the session's first variant."""
+    threads: int
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    command: str = ""
+
+
+def time_variants(
+    cells: Sequence[Cell],
+    make_step: Callable[[Cell], Step],
+    say: Say,
+    command: str = "",
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[StepTime]:
+    """Time a step of each cell in turn, A B C ... A B C ..., after a round to warm up.
+
+    Args:
+        cells: one cell for each variant, of one task.
+        make_step: builds the function that takes a training step of a cell.
+        say: shows a line.
+        command: what the user has typed, for the record.
+        rounds: timed steps of each variant.
+        clock: seconds since whenever.
+    """
+    import torch
+
+    steps = []
+    for cell in cells:
+        say(f"timing: preparing {cell.variant} on {cell.task}")
+        steps.append(make_step(cell))
+    for step in steps:
+        step()
+    taken: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        for step, seconds in zip(steps, taken, strict=True):
+            start = clock()
+            step()
+            seconds.append(clock() - start)
+    first = statistics.median(taken[0])
+    session = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine, versions = dataclasses.asdict(machine_info(device)), version_info()
+    return [
+        StepTime(
+            cell.bench,
+            cell.scale,
+            cell.task,
+            cell.variant,
+            cell.fingerprint,
+            session,
+            median=(median := statistics.median(seconds)),
+            low=min(seconds),
+            high=max(seconds),
+            rounds=rounds,
+            ratio=median / first,
+            threads=torch.get_num_threads(),
+            machine=machine,
+            versions=versions,
+            command=command,
+        )
+        for cell, seconds in zip(cells, taken, strict=True)
+    ]
+
+
+def make_step(cell: Cell) -> Step:
+    """A function that takes a training step of a cell, always on the same batch.
+
+    Forward, backward, clipping, optimizer: what the trainer does.
+    """
+    import torch
+
+    from velora_torch.training.assemble import assemble
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(cell, folder)
+        assembled = assemble(recipe, lambda line: None)
+        optimizer = assembled.make_optimizer()
+    model, data = assembled.model.train(), assembled.data
+    size = recipe.train.batch_size
+    assert data.collator is not None
+    rows = [dict(data.train[index % len(data.train)]) for index in range(size)]
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in data.collator(rows).items()}
+
+    def step() -> None:
+        with _precision(recipe, device.type):
+            loss = model(**batch).loss
+        loss.backward()
+        if recipe.train.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if loss.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def write_times(path: Path, times: Sequence[StepTime]) -> None:
+    """Append the times of a session to times.jsonl."""
+    for one in times:
+        append_line(path, dataclasses.asdict(one))
+
+
+def read_times(path: Path) -> list[StepTime]:
+    """The lines of times.jsonl, in their order.
+
+    Raises:
+        ValueError: a line is not a time.
+    """
+    fields = {item.name for item in dataclasses.fields(StepTime)}
+    times = []
+    for number, document in enumerate(read_lines(path), 1):
+        if document.keys() != fields:
+            raise ValueError(f"{path}: line {number} is not the time of a step; remove it")
+        times.append(StepTime(**document))
+    return times
+
+
+def current(times: Sequence[StepTime], grid: Sequence[Cell]) -> list[StepTime]:
+    """Those times whose recipe is today's, whichever seed it was."""
+    known = {(cell.scale, cell.task, cell.variant, cell.fingerprint) for cell in grid}
+    return [one for one in times if (one.scale, one.task, one.variant, one.fingerprint) in known]
+
+
+def newest_with(times: Sequence[StepTime], variants: Sequence[str]) -> dict[str, StepTime]:
+    """The times of some variants in the newest session that has timed all of them; else {}."""
+    sessions: dict[str, dict[str, StepTime]] = {}
+    for one in times:
+        sessions.setdefault(one.session, {})[one.variant] = one
+    for session in sorted(sessions, reverse=True):
+        if all(variant in sessions[session] for variant in variants):
+            return {variant: sessions[session][variant] for variant in variants}
+    return {}
+
+
+@contextlib.contextmanager
+def _precision(recipe: Recipe, device: str) -> Iterator[None]:
+    import torch
+
+    if not recipe.train.autocast:
+        yield
+        return
+    dtype = torch.float16 if recipe.dtype == "float16" else torch.bfloat16
+    with torch.autocast(device, dtype):
+        yield

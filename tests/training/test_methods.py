@@ -1,0 +1,137 @@
+"""Every method that a recipe can name, on texts, images and a language model."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+import transformers
+
+from tests.training import tiny, tiny_tasks
+from velora_torch.training.exporting import export_run
+from velora_torch.training.methods import MethodError
+from velora_torch.training.recipe import Recipe
+from velora_torch.training.run import Options, run
+from velora_torch.training.schema import PEFT_METHODS, Method
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+METHODS = [name for name in get_args(Method) if name != "qlora"]
+LORA = {"r": 4, "dropout": 0.0, "alpha": 8.0}
+NO_COMPRESSION = ("linear-probe", "bitfit")
+"""Methods without a trainable layer that takes the activation."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Model and data of each task."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {
+        "text-classification": (
+            tiny_tasks.save_encoder(root / "encoder"),
+            tiny_tasks.save_texts(root / "texts.jsonl"),
+        ),
+        "image-classification": (
+            tiny_tasks.save_vit(root / "vit"),
+            tiny_tasks.save_pictures(root / "pictures"),
+        ),
+        "language-modeling": (
+            tiny.save_model(root / "llama", torch.float32),
+            tiny.save_rows(root / "rows.jsonl"),
+        ),
+    }
+
+
+def recipe_for(method, task, places, output, **sections):
+    model, data = places[task]
+    if task == "language-modeling":
+        recipe = tiny.recipe_dict(model, data, output, **sections)
+        recipe |= {"dtype": "float32"}
+        recipe["train"]["steps"] = 12
+        recipe["train"].pop("save_every")
+    else:
+        recipe = tiny_tasks.recipe_dict(task, model, data, output, **sections)
+    recipe["method"] = method
+    if method in PEFT_METHODS:
+        recipe["lora"] = dict(LORA)
+    if method == "ia3":
+        recipe["lora"]["targets"] = r".*\.(v_proj|up_proj|value|dense|fc1)"
+    if method in NO_COMPRESSION:
+        recipe["velora"] = None
+    return recipe
+
+
+@pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_learns_a_task_and_saves_a_plain_model(method, task, places, tmp_path):
+    recipe = recipe_for(method, task, places, tmp_path / "run")
+    results = run(Recipe.model_validate(recipe), Options(report=False), lambda line: None)
+    losses = [point.loss for point in results.history]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert results.after.score is not None
+    assert 0 < results.model.trainable_parameters <= results.model.parameters
+    assert bool(results.model.compressed_layers) == (method not in NO_COMPRESSION)
+    assert results.memory.total > 0
+    assert_final_is_plain(method, task, tmp_path / "run" / "final")
+
+
+def assert_final_is_plain(method, task, final):
+    if method in PEFT_METHODS or method == "coefficients":
+        assert (final / "adapter_model.safetensors").is_file()
+        return
+    loader = {
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "language-modeling": transformers.AutoModelForCausalLM,
+    }[task]
+    model, info = loader.from_pretrained(final, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "linear-probe"])
+def test_a_method_adapts_a_language_model(method, places, tmp_path):
+    recipe = recipe_for(method, "language-modeling", places, tmp_path / "run")
+    if method == "bitfit":  # LLaMA has no biases
+        with pytest.raises(MethodError, match="bias"):
+            run(Recipe.model_validate(recipe), Options(report=False), lambda line: None)
+        return
+    results = run(Recipe.model_validate(recipe), Options(report=False), lambda line: None)
+    assert results.history[-1].loss < results.history[0].loss
+    assert_final_is_plain(method, "language-modeling", tmp_path / "run" / "final")
+
+
+@pytest.mark.parametrize("method", ["full", "ssf", "hydra", "lora", "coefficients"])
+def test_resumed_is_bitwise_the_uninterrupted_run(method, places, tmp_path):
+    task = "image-classification"
+    train = {"steps": 6, "save_every": 3, "keep": 3}
+    whole = recipe_for(method, task, places, tmp_path / "whole", train=train)
+    parts = recipe_for(method, task, places, tmp_path / "parts", train=train)
+
+    def go(recipe, **options):
+        return run(Recipe.model_validate(recipe), Options(**options), lambda line: None)
+
+    expected = go(whole)
+    go(parts)
+    for path in (tmp_path / "parts").glob("checkpoint-6*"):
+        (path / "trainer_state.json").unlink()  # as if it had been interrupted while saving
+    assert go(parts, resume=True).after == expected.after
+
+
+@pytest.mark.parametrize("method", ["lora", "coefficients", "ssf"])
+def test_a_run_is_exported(method, places, tmp_path):
+    recipe = recipe_for(method, "language-modeling", places, tmp_path / "run")
+    run(Recipe.model_validate(recipe), Options(), lambda line: None)
+    export_run(tmp_path / "run", tmp_path / "out", lora=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_targets_that_match_nothing_are_named(places, tmp_path):
+    recipe = recipe_for("lora", "text-classification", places, tmp_path / "run")
+    recipe["lora"]["targets"] = ["q_prj"]
+    with pytest.raises(MethodError, match=r"method: lora: .*q_prj"):
+        run(Recipe.model_validate(recipe), Options(), lambda line: None)
+    assert not (tmp_path / "run").exists()
