@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +12,8 @@ try:
     import typer
 except ImportError:  # the library works without the command's dependencies
     sys.exit("velora: the command needs more packages: pip install 'velora-torch[train]'")
+
+from velora_torch.quiet import quiet
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -251,16 +251,9 @@ def bench(
         raise typer.Exit(FAILED)
 
 
-def _quiet() -> None:
-    """Silence what the libraries below say to their own developers."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Run the command; a mistake of the user's is one message, never a traceback."""
-    _quiet()
+    quiet()
     try:
         app()
     except KeyboardInterrupt:

@@ -9,13 +9,18 @@ import torch
 import transformers
 
 from tests.training import tiny, tiny_tasks
+from velora_torch.training.assemble import assemble
 from velora_torch.training.exporting import export_run
 from velora_torch.training.methods import MethodError
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.run import Options, run
 from velora_torch.training.schema import PEFT_METHODS, Method
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    # AdaLoRA may take all ranks from a layer; PEFT takes that for a broken checkpoint.
+    pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape"),
+]
 
 METHODS = [name for name in get_args(Method) if name != "qlora"]
 LORA = {"r": 4, "dropout": 0.0, "alpha": 8.0}
@@ -135,3 +140,15 @@ def test_targets_that_match_nothing_are_named(places, tmp_path):
     with pytest.raises(MethodError, match=r"method: lora: .*q_prj"):
         run(Recipe.model_validate(recipe), Options(), lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_weight_decay_leaves_scales_alone(places, tmp_path):
+    recipe = recipe_for("ssf", "image-classification", places, tmp_path / "run")
+    recipe["train"]["weight_decay"] = 0.1
+    assembled = assemble(Recipe.model_validate(recipe), lambda line: None)
+    decayed, kept = assembled.make_optimizer().param_groups
+    scales = [p for n, p in assembled.model.named_parameters() if n.endswith("ssf.weight")]
+    assert scales
+    assert decayed["weight_decay"] == 0.1
+    assert not {id(p) for p in decayed["params"]} & {id(p) for p in scales}
+    assert {id(p) for p in kept["params"]} >= {id(p) for p in scales}

@@ -17,6 +17,7 @@ VARIANTS = (
     Variant("lora-nf4", "LoRA, nf4"),
     Variant("qlora", "QLoRA"),
     Variant("qlora+velora", "QLoRA + VeLoRA", "qlora"),
+    Variant("qlora+velora-random", "QLoRA + VeLoRA, random v, M = 4", "qlora"),
     Variant("coefficients-nf4", "Coefficients alone, nf4", "lora-nf4"),
     Variant("full", "Full"),
     Variant("full+velora", "Full + VeLoRA", "full"),
@@ -33,6 +34,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-nf4": {"method": "qlora", "lora": LORA, "quantization": NF4, "velora": None},
     "qlora": {"method": "qlora", "lora": LORA, "quantization": DOUBLE, "velora": None},
     "qlora+velora": {"method": "qlora", "lora": LORA, "quantization": DOUBLE, "velora": VELORA},
+    "qlora+velora-random": {  # every adapter, as docs/results/lora-defaults.md finds best
+        "method": "qlora",
+        "lora": LORA,
+        "quantization": DOUBLE,
+        "velora": {
+            "targets": ["lora_A"],
+            "sub_token_size": 4,
+            "init": "random",
+            "vectors": "per_group",
+        },
+    },
     # No adapters: the coefficients are pending ones, so that their vectors stay for the whole run.
     "coefficients-nf4": {
         "method": "coefficients",
@@ -51,6 +63,7 @@ LOCAL_LEARNING_RATES = {
     "lora-nf4": 4e-4,
     "qlora": 4e-4,
     "qlora+velora": 4e-4,
+    "qlora+velora-random": 4e-4,
     "coefficients-nf4": 1e-3,
     "full": 1e-4,
     "full+velora": 1e-4,
@@ -73,7 +86,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             "train": task,
             "template": "Question: {input}\nKind of answer:\n",
             "max_length": 96,
-            "max_eval": 250,
+            "max_eval": 200,
             "seed": seed,
         },
         "train": {

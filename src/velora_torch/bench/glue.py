@@ -15,6 +15,7 @@ VARIANTS = (
     Variant("galore", "GaLore", "full"),
     Variant("lora", "LoRA"),
     Variant("lora+velora", "LoRA + VeLoRA", "lora"),
+    Variant("lora+velora-random", "LoRA + VeLoRA, random v, M = 4", "lora"),
     Variant("velora", "VeLoRA", "full"),
     Variant("velora-all", "VeLoRA, all linear layers", "full"),
 )
@@ -37,6 +38,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "lora",
         "lora": _LORA,
         "velora": {"targets": ["lora_A"], "sub_token_size": M},
+    },
+    "lora+velora-random": {  # what docs/results/lora-defaults.md finds best
+        "method": "lora",
+        "lora": _LORA,
+        "velora": {
+            "targets": ["lora_A"],
+            "sub_token_size": 4,
+            "init": "random",
+            "vectors": "per_group",
+        },
     },
     "velora": {
         "method": "full",
@@ -76,6 +87,7 @@ LOCAL_LEARNING_RATES = {
     "galore": 1e-3,
     "lora": 2e-3,
     "lora+velora": 2e-3,
+    "lora+velora-random": 2e-3,
     "velora": 1e-4,
     "velora-all": 2e-4,
 }

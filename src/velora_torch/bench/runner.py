@@ -15,6 +15,7 @@ from pathlib import Path
 from velora_torch.bench.grid import Cell, Row, newest, row_from_json, row_to_json
 from velora_torch.bench.progress import cell_line, seconds_left
 from velora_torch.bench.store import append_line, read_lines
+from velora_torch.quiet import quiet
 
 RunCell = Callable[[Cell], Row]
 Say = Callable[[str], None]
@@ -180,6 +181,7 @@ def _prepare_worker(jobs: int) -> None:
     threads = str(threads_for(jobs))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    quiet()
     import torch
 
     torch.set_num_threads(int(threads))

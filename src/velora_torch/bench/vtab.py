@@ -22,6 +22,7 @@ VARIANTS = (
     Variant("hydra+velora", "Hydra + VeLoRA", "hydra"),
     Variant("lora", "LoRA"),
     Variant("lora+velora", "LoRA + VeLoRA", "lora"),
+    Variant("lora+velora-random", "LoRA + VeLoRA, random v, M = 4", "lora"),
 )
 
 # Names cover DINOv2 and ViT of transformers and the ViTs of timm, whose query, key and value are
@@ -35,6 +36,8 @@ LORA_TARGETS = ["lora_A"]
 # Hydra: the projections that end attention and MLP, as in its own paper.
 LORA_LAYERS = r".*\.(q_proj|v_proj|query|value|attn\.qkv)"
 HYDRA_LAYERS = r".*\.(o_proj|attn\.proj|fc2)"
+
+RANDOM = {"sub_token_size": 4, "init": "random", "vectors": "per_group"}
 
 METHODS: dict[str, dict[str, Any]] = {  # sub-token sizes and ranks: T10
     "linear-probe": {"method": "linear-probe", "velora": None},
@@ -62,11 +65,16 @@ METHODS: dict[str, dict[str, Any]] = {  # sub-token sizes and ranks: T10
         "lora": {"r": 16, "alpha": 16.0, "dropout": 0.0, "targets": LORA_LAYERS},
         "velora": {"targets": LORA_TARGETS, "sub_token_size": 16},
     },
+    "lora+velora-random": {  # what docs/results/lora-defaults.md finds best; rank of the plain row
+        "method": "lora",
+        "lora": {"r": 4, "alpha": 4.0, "dropout": 0.0, "targets": LORA_LAYERS},
+        "velora": {"targets": LORA_TARGETS, **RANDOM},
+    },
 }
 LOCAL_LEARNING_RATES = {  # the same with and without VeLoRA
     "linear-probe": 1e-2,
-    "full": 1e-4,
-    "ssf": 5e-3,
+    "full": 3e-5,
+    "ssf": 2e-3,
     "hydra": 2e-3,
     "lora": 2e-3,
 }
@@ -126,7 +134,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             **_optimisation(seed),
             "epochs": 2.0,
             "batch_size": 16,
-            "learning_rate": LOCAL_LEARNING_RATES[variant.removesuffix("+velora")],
+            "learning_rate": LOCAL_LEARNING_RATES[variant.partition("+")[0]],
             "autocast": True,
         },
         "evaluate": {"before": False, "batch_size": 50},

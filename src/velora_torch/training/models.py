@@ -8,6 +8,7 @@ from typing import Any
 
 from velora_torch.config import VeloraConfig
 from velora_torch.model import compress
+from velora_torch.quiet import quiet as quiet_libraries
 from velora_torch.recomputation import checkpoint_blocks, recompute
 from velora_torch.training.assets import AssetError, resolve_model
 from velora_torch.training.data import PreparedData
@@ -53,14 +54,11 @@ def _needed(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def quiet() -> None:
-    """Silence transformers' progress bars; the run shows its own."""
-    import warnings
-
+    """Silence transformers' progress bars, since the run shows its own, and its deprecations."""
+    quiet_libraries()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # Deprecated names that the libraries around use among themselves.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def context(recipe: Recipe) -> int | None:

@@ -15,7 +15,7 @@ from velora_torch.training.sources import DataError
 
 LENGTH = 256
 """Tokens of a window; windows do not overlap."""
-WINDOWS = 64
+WINDOWS = 32
 """So many windows at most, evenly spread over the text."""
 
 
