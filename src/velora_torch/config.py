@@ -28,7 +28,7 @@ class VeloraConfig:
     """
 
     targets: Targets = "all-linear"
-    """Which layers: ``"all-linear"`` (every trainable linear layer but a language model's output
+    """Which layers: ``"all-linear"`` (every trainable linear layer and scale but the model's
     head), a list of layer names (each matches whole components of a dotted name, so ``"v_proj"``
     also covers ``v_proj.lora_A.default``), a regular expression for the whole dotted name, or a
     function ``f(name, module) -> bool``."""

@@ -148,13 +148,12 @@ def test_what_ssf_frees_is_the_operators_outputs(case: Case):
 @pytest.mark.parametrize("add", [add_ssf, add_hydra])
 @pytest.mark.parametrize("case", CASES)
 def test_all_linear(case: Case, add: Any):
-    """The adapters, and a task's head; no up-projection, and nothing of the frozen base."""
+    """The adapters; no head, no up-projection, and nothing of the frozen base."""
     model = add(build(case))
     velora_torch.compress(model, VeloraConfig(num_groups=GROUPS))
     names = set(compressed_layers(model))
-    inside = {n for n in names if n.rpartition(".")[2] in ("ssf", "hydra_A")}
-    assert inside
-    assert names - inside == set(case[3])
+    assert names
+    assert {name.rpartition(".")[2] for name in names} <= {"ssf", "hydra_A"}
     table = velora_torch.summary(model)
     ups = {n: why for n, why in table.exact.items() if n.endswith("hydra_B")}
     assert bool(ups) == (add is add_hydra)

@@ -29,7 +29,7 @@ ALL_LINEAR = (
 )
 M = 16  # T2
 
-_LORA = {"r": 8, "alpha": 16.0, "dropout": 0.0, "targets": ALL_LINEAR}
+_LORA = {"r": 8, "alpha": 8.0, "dropout": 0.0, "targets": ALL_LINEAR}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "velora": None},
     "galore": {"method": "full", "velora": None},
@@ -83,13 +83,13 @@ LOCAL_TASKS = {  # task -> the longest text in tokens; longer ones are cut
 }
 LOCAL_REGRESSIONS = ("vader",)
 LOCAL_LEARNING_RATES = {
-    "full": 1e-4,
+    "full": 3e-4,
     "galore": 1e-3,
-    "lora": 2e-3,
-    "lora+velora": 2e-3,
-    "lora+velora-random": 2e-3,
-    "velora": 1e-4,
-    "velora-all": 2e-4,
+    "lora": 1e-3,
+    "lora+velora": 1e-3,
+    "lora+velora-random": 1e-3,
+    "velora": 3e-4,
+    "velora-all": 5e-4,
 }
 
 PAPER_TASKS: dict[str, dict[str, Any]] = {  # columns of GLUE, and the score that T2 shows
@@ -125,7 +125,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
         },
         "train": {
             **_optimisation(seed),
-            "epochs": 2.0,
+            "epochs": 3.0,
             "batch_size": 16,
             "learning_rate": LOCAL_LEARNING_RATES[variant],
             "autocast": True,

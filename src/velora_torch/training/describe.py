@@ -13,17 +13,18 @@ def describe(recipe: Recipe) -> str:
         duration = f"{train.steps} steps"
     else:
         duration = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
-    batch = f"{train.batch_size} sequences"
+    kind = "images" if recipe.task == "image-classification" else "sequences"
+    batch = f"{train.batch_size} {kind}"
     if train.accumulation > 1:
-        batch = f"{train.batch_size} × {train.accumulation} sequences"
+        batch = f"{train.batch_size} × {train.accumulation} {kind}"
     held_out = data.eval or data.eval_split or "its own split, or split off"
     when = [name for name in ("before", "after") if getattr(evaluate, name)]
     rows = {
         "model": f"{recipe.model}, {recipe.dtype} weights",
+        "task": recipe.task,
         "method": _method(recipe),
         "velora": _velora(recipe),
-        "data": f"{data.train} (held out: {held_out}), at most {data.max_length} tokens"
-        + (", packed" if data.packing else ""),
+        "data": f"{data.train} (held out: {held_out}), {_size(recipe)}",
         "template": data.template.replace("\n", "\\n"),
         "training": f"{duration} of {batch}, {train.optimizer}, learning rate "
         f"{train.learning_rate:g} ({train.schedule}), seed {train.seed}"
@@ -32,6 +33,8 @@ def describe(recipe: Recipe) -> str:
         "evaluation": f"{' and '.join(when) or 'none'}" + (f", {evaluate.metric}" if when else ""),
         "output": train.output,
     }
+    if recipe.task != "language-modeling":
+        del rows["template"]
     if recipe.memory_budget is not None:
         rows["memory"] = f"at most {recipe.memory_budget}: savings that are not given are planned"
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
@@ -58,6 +61,14 @@ METHOD_NAMES = {
 """Methods in words."""
 
 
+def _size(recipe: Recipe) -> str:
+    """How large an example is."""
+    data = recipe.data
+    if recipe.task == "image-classification":
+        return "images of the model's size" if data.image_size is None else f"{data.image_size} px"
+    return f"at most {data.max_length} tokens" + (", packed" if data.packing else "")
+
+
 def _savings(train: TrainSection) -> list[str]:
     """What saves memory exactly, in words."""
     every = train.gradient_checkpointing
@@ -76,6 +87,8 @@ def _method(recipe: Recipe) -> str:
     suffix = ""
     if recipe.lora is not None:
         suffix = f", rank {recipe.lora.r}, alpha {recipe.lora.alpha:g}"
+    if recipe.hydra is not None:
+        suffix = f", rank {recipe.hydra.r}, alpha {recipe.hydra.alpha:g}"
     if recipe.quantization is not None:
         suffix += f", {recipe.quantization.type}"
     return METHOD_NAMES[recipe.method] + suffix
