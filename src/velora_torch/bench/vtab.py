@@ -132,8 +132,8 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
         },
         "train": {
             **_optimisation(seed),
-            "epochs": 2.0,
-            "batch_size": 16,
+            "epochs": 1.0,
+            "batch_size": 8,  # 125 steps
             "learning_rate": LOCAL_LEARNING_RATES[variant.partition("+")[0]],
             "autocast": True,
         },
