@@ -84,7 +84,7 @@ LOCAL_TASKS = {  # task -> the longest text in tokens; longer ones are cut
 LOCAL_REGRESSIONS = ("vader",)
 LOCAL_LEARNING_RATES = {
     "full": 3e-4,
-    "galore": 1e-3,
+    "galore": 3e-4,
     "lora": 1e-3,
     "lora+velora": 1e-3,
     "lora+velora-random": 1e-3,

@@ -55,6 +55,7 @@ def draw(summary: Summary, path: Path) -> bool:
         for point in points:
             _draw_point(axes, point)
         axes.margins(x=0.14, y=0.16)
+        _explain_colours(axes)
         place_labels(figure, axes, points)
         for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
             buffer = io.BytesIO()
@@ -118,6 +119,23 @@ def _draw_point(axes: Axes, point: Point) -> None:
         capsize=3,
         elinewidth=1.3,
         zorder=3,
+    )
+
+
+def _explain_colours(axes: Axes) -> None:
+    """Say above the plot what the two colours mean."""
+    from matplotlib.lines import Line2D
+
+    words = {ORANGE: "without VeLoRA", BLUE: "with VeLoRA"}
+    marks = [Line2D([], [], color=c, marker="o", linestyle="", markersize=7) for c in words]
+    axes.legend(
+        marks,
+        list(words.values()),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        frameon=False,
+        borderaxespad=0.2,
     )
 
 
