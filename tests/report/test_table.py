@@ -99,3 +99,19 @@ def test_quality_of_a_run_that_has_only_a_loss_after():
     results = bare()
     results.after = Quality(loss=1.5)
     assert quality_markdown(results).splitlines()[2:] == ["| loss | 1.500 |"]
+
+
+def test_scores_of_a_regression_and_perplexity_have_lines():
+    results = bare()
+    scores = {"pearson": 0.71234, "spearman": None}
+    results.after = Quality(
+        loss=0.5, examples=12, metric="pearson", scores=scores, perplexity=18.88
+    )
+    assert quality_markdown(results).splitlines()[2:] == [
+        "| pearson | 0.712 |",
+        "| spearman | – |",
+        "| perplexity, general text | 18.880 |",
+        "| loss | 0.500 |",
+        "| examples | 12 |",
+    ]
+    assert results.after.score == 0.71234

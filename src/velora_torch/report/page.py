@@ -121,11 +121,13 @@ def _quality_headline(results: Results) -> Headline | None:
         return None
     if known.accuracy is not None:
         label, field_name = "Held-out accuracy", "accuracy"
+    elif known.score is not None:
+        label, field_name = f"Held-out {known.metric}", "score"
     elif known.loss is not None:
         label, field_name = "Held-out loss", "loss"
     else:
         return None
-    formatted = format_loss if field_name == "loss" else format_percent
+    formatted = format_percent if field_name == "accuracy" else format_loss
     detail = f"on {known.examples:,} examples" if known.examples else ""
     if known.accuracy is not None and len(known.choices) > 1:
         detail += f", chance {format_percent(1 / len(known.choices))}"

@@ -56,6 +56,11 @@ def format_loss(loss: float | None) -> str:
     return MISSING if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
 
 
+def format_score(score: float | None) -> str:
+    """A correlation or an F1 of 0.8127 -> "0.813"."""
+    return format_loss(score)
+
+
 def format_count(count: float | None) -> str:
     """134515008 -> "134.5 M"; below ten thousand every digit is kept."""
     if count is None or not math.isfinite(count):

@@ -14,6 +14,7 @@ from velora_torch.report.quantities import (
     format_loss,
     format_percent,
     format_ratio,
+    format_score,
     format_seconds,
     ratio_of,
 )
@@ -86,11 +87,16 @@ def quality_header(results: Results) -> list[str]:
 
 
 def quality_lines(results: Results) -> list[Line]:
-    """Accuracy, loss and number of examples before and after training."""
+    """Accuracy, other scores, loss and number of examples before and after training."""
     measured = [quality for quality in (results.before, results.after) if quality is not None]
     lines = []
     if any(quality.accuracy is not None for quality in measured):
         lines.append(Line("accuracy", [format_percent(q.accuracy) for q in measured]))
+    others = dict.fromkeys(name for q in measured for name in q.scores if name != "accuracy")
+    lines += [Line(name, [format_score(q.scores.get(name)) for q in measured]) for name in others]
+    if any(quality.perplexity is not None for quality in measured):
+        cells = [format_loss(q.perplexity) for q in measured]
+        lines.append(Line("perplexity, general text", cells))
     if any(quality.loss is not None for quality in measured):
         lines.append(Line("loss", [format_loss(q.loss) for q in measured]))
     if any(quality.examples for quality in measured):
