@@ -16,6 +16,7 @@ from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.grid import Bench, Cell, Row, cells, changes, newest
 from velora_torch.bench.preflight import check_grid
 from velora_torch.bench.runner import FAILURES, RunCell, Runner, read_rows
+from velora_torch.bench.store import alone
 from velora_torch.bench.table import markdown, summarise
 
 Say = Callable[[str], None]
@@ -78,8 +79,7 @@ def bench(
         return _write_table(chosen.bench, request.scale, grid, output, say)
     if run_cell is None:
         check_grid(chosen.bench.scales[request.scale], grid)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".scratch-") as scratch:
+    with alone(output), tempfile.TemporaryDirectory(dir=output, prefix=".scratch-") as scratch:
         if run_cell is None:
             run_cell = partial(
                 cell_room.run_cell, command=request.command, scratch=Path(scratch).resolve()
