@@ -152,3 +152,18 @@ def test_weight_decay_leaves_scales_alone(places, tmp_path):
     assert decayed["weight_decay"] == 0.1
     assert not {id(p) for p in decayed["params"]} & {id(p) for p in scales}
     assert {id(p) for p in kept["params"]} >= {id(p) for p in scales}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "ssf"])
+def test_a_head_may_have_a_rate_of_its_own(method, places, tmp_path):
+    recipe = recipe_for(method, "image-classification", places, tmp_path / "run")
+    recipe["train"] |= {"head_learning_rate": 0.5, "weight_decay": 0.1}
+    assembled = assemble(Recipe.model_validate(recipe), lambda line: None)
+    groups = assembled.make_optimizer().param_groups
+    head = {id(p) for n, p in assembled.model.named_parameters() if "classifier" in n}
+    trained = {id(p) for p in assembled.model.parameters() if p.requires_grad}
+    by_rate = {rate: set() for rate in (0.5, recipe["train"]["learning_rate"])}
+    for group in groups:
+        by_rate[group["lr"]] |= {id(p) for p in group["params"]}
+    assert by_rate[0.5] == head & trained
+    assert by_rate[recipe["train"]["learning_rate"]] == trained - head

@@ -83,13 +83,13 @@ LOCAL_TASKS = {  # task -> the longest text in tokens; longer ones are cut
 }
 LOCAL_REGRESSIONS = ("vader",)
 LOCAL_LEARNING_RATES = {
-    "full": 3e-4,
-    "galore": 3e-4,
+    "full": 1e-4,
+    "galore": 1e-4,
     "lora": 1e-3,
     "lora+velora": 1e-3,
     "lora+velora-random": 1e-3,
-    "velora": 3e-4,
-    "velora-all": 5e-4,
+    "velora": 1e-4,
+    "velora-all": 2e-4,
 }
 
 PAPER_TASKS: dict[str, dict[str, Any]] = {  # columns of GLUE, and the score that T2 shows
@@ -128,6 +128,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             "epochs": 3.0,
             "batch_size": 16,
             "learning_rate": LOCAL_LEARNING_RATES[variant],
+            "head_learning_rate": 3e-3,  # the head is new, and 300 steps are few
             "autocast": True,
             "group_by_length": True,
             **(LOCAL_GALORE if variant == "galore" else {}),

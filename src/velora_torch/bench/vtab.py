@@ -135,6 +135,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             "epochs": 1.0,
             "batch_size": 8,  # 125 steps
             "learning_rate": LOCAL_LEARNING_RATES[variant.partition("+")[0]],
+            "head_learning_rate": 3e-3,  # the head is new, and 125 steps are few
             "autocast": True,
         },
         "evaluate": {"before": False, "batch_size": 50},

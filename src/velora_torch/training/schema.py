@@ -162,6 +162,8 @@ class Recipe(Section):
             known = ", ".join(METRICS[self.task])
             fail("evaluate.metric", f"is not a metric of task: {self.task}; known: {known}")
         if self.task == "language-modeling":
+            if self.train.head_learning_rate is not None:
+                fail("train.head_learning_rate", "is for tasks with a head, not language modeling")
             return self
         if self.memory_budget is not None:
             fail("memory_budget", f"cannot be planned for task: {self.task}; use `velora plan`")

@@ -234,6 +234,8 @@ class TrainSection(Section):
     """Forward passes per optimizer step."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Highest learning rate of the schedule."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """That of the head which a task adds, new and random; null: the same."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up."""
     warmup: Natural | Annotated[float, Field(ge=0, lt=1)] = 0

@@ -24,6 +24,7 @@ from velora_torch.memory.count import (
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
+from velora_torch.training.methods import head_of
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
@@ -46,6 +47,16 @@ class RecordingMixin(VeloraTrainerMixin):
     record: Record
     optimizer: Any
     longest_first: bool = False
+    head_rate: float | None = None
+    """Learning rate of the layers named in `head`, where it differs."""
+    head: tuple[str, ...] = ()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, with parameter groups for the head where its rate differs."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self.head_rate is not None:
+            _give_head_its_rate(optimizer, self.model, self.head, self.head_rate)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.longest_first:
@@ -67,6 +78,20 @@ class RecordingMixin(VeloraTrainerMixin):
         )
         record.memory.weights = unique_bytes(weight_tensors(model))
         return loss
+
+
+def _give_head_its_rate(optimizer: Any, model: Any, head: tuple[str, ...], rate: float) -> None:
+    """Move the parameters of the head to groups of their own."""
+    names = [n for n, _ in model.named_modules() if n.endswith(head)]  # PEFT puts a prefix before
+    own = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    for group in list(optimizer.param_groups):
+        parts = [p for p in group["params"] if id(p) in own]
+        if not parts:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        optimizer.param_groups.append({**group, "params": parts, "lr": rate})
+    # A group that is empty now would only confuse who looks at them.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def _amount(inputs: dict[str, Any]) -> torch.Tensor | int:
@@ -225,6 +250,12 @@ def _projected(train: TrainSection) -> str | list[str] | None:
     return train.optimizer_targets
 
 
+def _plain(model: Any) -> Any:
+    """The model inside of PEFT's."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
 def build_trainer(
     recipe: Recipe,
     model: Any,
@@ -258,4 +289,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.record = record
     trainer.longest_first = recipe.train.longest_first
+    if recipe.train.head_learning_rate is not None:
+        trainer.head_rate = recipe.train.head_learning_rate
+        trainer.head = tuple(head_of(_plain(model), recipe) or ())
     return trainer
