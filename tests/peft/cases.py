@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
-import peft
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.layers import CompressedLayer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-import peft
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.integrations.peft_watch import LateAdapterWarning

@@ -6,11 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
-import peft
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.checkpoint import load_state, save_state
