@@ -8,35 +8,27 @@ for modules that gain no child and that ``restore`` makes plain again; adapters 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import nn
 
 from velora_torch.layers import CompressedLayer
+from velora_torch.swap import Mixed, mixed_class
 
-_CLASSES: dict[tuple[type[Adapted], type[nn.Module]], type[Adapted]] = {}
 
-
-class Adapted(nn.Module):
+class Adapted(Mixed):
     """Mixed in before the class of the adapted module; its forward calls the adapter."""
 
-    plain_class: type[nn.Module]
-    """What the module was before."""
     child: str
     """Name of the adapter among the module's children, in ``state_dict`` keys too."""
     method: str
     """What the adapter is called in messages."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the plain class, since the class of the module is made at run time."""
-        return _blank, (type(self).__mro__[1], self.plain_class), self.__dict__.copy()
-
 
 def attach(module: nn.Module, mixin: type[Adapted], adapter: nn.Module) -> None:
     """Give a module an adapter."""
     module.add_module(mixin.child, adapter)
-    module.__class__ = _adapted_class(mixin, type(module))
+    module.__class__ = mixed_class(mixin, type(module))
 
 
 def detach(module: Adapted) -> None:
@@ -95,16 +87,3 @@ def adapter_dtype(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.dtyp
     if weight.is_floating_point() and weight.dtype.itemsize >= 2:
         return torch.promote_types(weight.dtype, torch.float32)
     return torch.float32  # quantised
-
-
-def _adapted_class(mixin: type[Adapted], original: type[nn.Module]) -> type[Adapted]:
-    key = (mixin, original)
-    if key not in _CLASSES:
-        body = {"__module__": __name__, "plain_class": original}
-        _CLASSES[key] = type(f"{original.__name__}{mixin.__name__}", (mixin, original), body)
-    return _CLASSES[key]
-
-
-def _blank(mixin: type[Adapted], original: type[nn.Module]) -> Adapted:
-    kind = _adapted_class(mixin, original)
-    return kind.__new__(kind)
