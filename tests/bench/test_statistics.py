@@ -64,11 +64,11 @@ def test_seeds_that_one_side_lacks_do_not_count():
         (Estimate(0.01, 0.005), "yes"),
         (Estimate(-0.005, 0.005), "yes"),
         (Estimate(-0.0051, 0.005), "no"),
-        (Estimate(0.0, None), "yes"),
+        (Estimate(0.1, None), "one seed"),
         (Estimate(-0.1, None), "one seed"),
         (None, "-"),
     ],
-    ids=["better", "just within", "just outside", "one seed, equal", "one seed, worse", "missing"],
+    ids=["better", "just within", "just outside", "one seed, better", "one seed, worse", "missing"],
 )
 def test_verdict(gap, expected):
     assert verdict(gap) == expected

@@ -100,7 +100,7 @@ def test_without_a_shared_task_there_is_no_average():
 def test_one_seed_has_no_error():
     _, text = table([row for row in rows() if row.seed == 0])
     assert "| 80.0 | 50.0 | 65.0 |" in text
-    assert "| Full + VeLoRA | Full | +0.00 | 0.25× | 0.75× | yes |" in text
+    assert "| Full + VeLoRA | Full | +0.00 | 0.25× | 0.75× | one seed |" in text
 
 
 def test_perplexity_has_a_column_where_it_was_measured():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from velora_torch.bench import lm_evaluation
-from velora_torch.bench.grid import Bench, Scale, Variant
+from velora_torch.bench.grid import Bench, Scale, Variant, with_seed
 
 VARIANTS = (
     Variant("lora-bf16", "LoRA, bf16"),
@@ -132,9 +132,7 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
 
 
 def _method(variant: str, seed: int, lora: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(METHODS[variant])
-    if settings["velora"] is not None:
-        settings["velora"] = {**settings["velora"], "seed": seed}
+    settings = with_seed(METHODS[variant], seed)
     if "lora" in settings:
         settings["lora"] = {**settings["lora"], **lora}
     return settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from velora_torch.bench.grid import Bench, Scale, Variant
+from velora_torch.bench.grid import Bench, Scale, Variant, with_seed
 
 VARIANTS = (
     Variant("full", "Full"),
@@ -111,7 +111,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell for two CPU cores: one to four minutes."""
     regression = task in LOCAL_REGRESSIONS
     return {
-        **_method(variant, seed),
+        **with_seed(METHODS[variant], seed),
         "model": "minilm-l6",
         "dtype": "float32",
         "task": "text-regression" if regression else "text-classification",
@@ -141,7 +141,7 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
     columns = {key: value for key, value in PAPER_TASKS[task].items() if key != "metric"}
     return {
-        **_method(variant, seed),
+        **with_seed(METHODS[variant], seed),
         "model": "FacebookAI/roberta-base",
         "dtype": "float32",
         "task": "text-regression" if task == "stsb" else "text-classification",
@@ -163,12 +163,6 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
         },
         "evaluate": {"before": False, "metric": PAPER_TASKS[task]["metric"], "batch_size": 64},
     }
-
-
-def _method(variant: str, seed: int) -> dict[str, Any]:
-    settings = METHODS[variant]
-    velora = settings["velora"]
-    return {**settings, "velora": None if velora is None else {**velora, "seed": seed}}
 
 
 def _optimisation(seed: int) -> dict[str, Any]:

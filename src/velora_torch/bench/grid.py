@@ -106,6 +106,12 @@ def cells(
     ]
 
 
+def with_seed(method: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A copy of a method's settings whose random vectors are those of a seed."""
+    velora = method["velora"]
+    return {**method, "velora": None if velora is None else {**velora, "seed": seed}}
+
+
 def fingerprint(recipe: Mapping[str, Any]) -> str:
     """A short hash of what a recipe computes; where it writes does not count.
 

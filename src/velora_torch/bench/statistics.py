@@ -81,10 +81,10 @@ def difference(scores: Scores, base: Scores, tasks: Sequence[str]) -> Estimate |
 def verdict(gap: Estimate | None) -> str:
     """Whether a variant is within one standard error of its base, or better: yes, no, or "-".
 
-    With one seed there is no standard error: then only what is better is a "yes".
+    With one seed there is no standard error, and so no answer.
     """
     if gap is None:
         return "-"
     if gap.error is None:
-        return "yes" if gap.mean >= 0 else "one seed"
+        return "one seed"
     return "yes" if gap.mean >= -gap.error else "no"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from velora_torch.bench.grid import Bench, Scale, Variant
+from velora_torch.bench.grid import Bench, Scale, Variant, with_seed
 from velora_torch.training.packaged.images import IMAGE_TASKS
 
 VARIANTS = (
@@ -118,7 +118,7 @@ PAPER_EPOCHS, PAPER_BATCH = 100, 64  # ours: the paper does not say; SSF and Hyd
 def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell for two CPU cores: one to four minutes."""
     return {
-        **_method(variant, seed),
+        **with_seed(METHODS[variant], seed),
         "model": "dinov2-s",
         "dtype": "float32",
         "attention": "eager",  # on a CPU faster than the fused one for 65 tokens
@@ -145,7 +145,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
     return {
-        **_method(variant, seed),
+        **with_seed(METHODS[variant], seed),
         "model": "timm/vit_base_patch16_224.augreg_in21k",
         "dtype": "float32",
         "task": "image-classification",
@@ -166,12 +166,6 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
         },
         "evaluate": {"before": False, "batch_size": 128},
     }
-
-
-def _method(variant: str, seed: int) -> dict[str, Any]:
-    settings = METHODS[variant]
-    velora = settings["velora"]
-    return {**settings, "velora": None if velora is None else {**velora, "seed": seed}}
 
 
 def _optimisation(seed: int) -> dict[str, Any]:
