@@ -10,6 +10,8 @@ from torch import nn
 
 from velora_torch import VeloraConfig
 
+from .readable import as_id
+
 
 def test_defaults_are_the_promised_ones() -> None:
     config = VeloraConfig()
@@ -139,7 +141,7 @@ def test_a_layer_without_an_entry_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "targets", ["all-linear", ["a", "b"], r".*\.v", lambda name, module: True], ids=str
+    "targets", ["all-linear", ["a", "b"], r".*\.v", lambda name, module: True], ids=as_id
 )
 def test_to_dict_is_json(targets: Any) -> None:
     config = VeloraConfig(targets=targets, num_groups={"default": 4})

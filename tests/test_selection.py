@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 from velora_torch import VeloraConfig
 from velora_torch.selection import NOT_TARGETED, Selection, select
 
+from .readable import as_id
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -58,7 +60,7 @@ QV = ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "h.1.v_proj"]
         (lambda name, module: isinstance(module, nn.Linear) and module.out_features == 4, ["last"]),
         (lambda name, module: 1 if name.endswith("q_proj") else 0, ["h.0.q_proj", "h.1.q_proj"]),
     ],
-    ids=str,
+    ids=as_id,
 )
 def test_targets(targets: Any, expected: list[str]) -> None:
     assert chosen(VeloraConfig(targets=targets, num_groups=4)) == expected

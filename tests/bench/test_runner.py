@@ -148,6 +148,8 @@ def test_cells_in_processes_survive_a_failure_and_a_killed_process(path):
 
 
 def test_ctrl_c_ends_the_processes(path):
+    # A shell starts what runs in the background with the signal ignored.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
     here = threading.main_thread().ident
     assert here is not None
     press = threading.Timer(0.5, signal.pthread_kill, (here, signal.SIGINT))
@@ -155,4 +157,5 @@ def test_ctrl_c_ends_the_processes(path):
     with pytest.raises(KeyboardInterrupt):
         Runner(path, fakes.sleep, Said(), jobs=2).run(grid())
     press.join()
+    signal.signal(signal.SIGINT, former)
     assert multiprocessing.active_children() == []
