@@ -139,10 +139,10 @@ class Runner:
             for cell in running.values():
                 yield cell, "its process was killed; out of memory? Try fewer --jobs"
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
-                process.join()
+            # The pool's own thread sees them end and joins them; two who join race.
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_rows(path: Path) -> list[Row]:
