@@ -18,8 +18,10 @@ from velora_torch.memory.count import saved_bytes
 from velora_torch.model import compressed_layers
 from velora_torch.subtoken import reference
 
+from .. import tiny_models
 from ..closeness import TOLERANCE, assert_bitwise, assert_close
-from ..tiny_models import loss_of, train
+from ..quantized.cases import QUANTISED, convert
+from ..tiny_models import loss_of, token_batch, train
 from .models import CASES, VISION, Case, build, disturb, output, trains
 
 GROUPS = 4
@@ -99,6 +101,22 @@ def test_gradients(case: Case, add: Any, part: str, dtype: torch.dtype):
     for name, p in model.named_parameters():
         if name in plain and name not in compressed:  # shifts, up-projections, the head: exact
             assert_close(p.grad, plain[name], TOLERANCE[dtype])
+
+
+@pytest.mark.filterwarnings("ignore::velora_torch.memory.freed.TargetWarning")
+@pytest.mark.parametrize("base", QUANTISED)
+@pytest.mark.parametrize(("add", "part"), METHODS)
+def test_gradients_on_quantised_bases(add: Any, part: str, base: str):
+    model = add(convert(tiny_models.llama().float(), base))
+    disturb(model)
+    velora_torch.compress(model.train(), config(part))
+    seen = seen_by(model)
+    output(model, token_batch()).float().square().mean().backward()
+    layers = compressed_layers(model)
+    assert len(layers) >= 10
+    for name, layer in layers.items():
+        wanted = expected(layer, seen[f"{name} x"], seen[f"{name} dY"])
+        assert_close(actual(layer), wanted, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.filterwarnings("ignore::velora_torch.memory.freed.TargetWarning")

@@ -98,10 +98,13 @@ def test_against_plain_peft(method: str, name: str):
     assert checked >= {*spec.rebuilt, *spec.exact}
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "fourierft"])
-def test_in_bfloat16(method: str):
+REBUILT = [(method, name) for method, name in PAIRS if METHODS[method].rebuilt]
+
+
+@pytest.mark.parametrize(("method", "name"), REBUILT, ids=[f"{m}-{n}" for m, n in REBUILT])
+def test_in_bfloat16(method: str, name: str):
     spec, dtype = METHODS[method], torch.bfloat16
-    for plain, layer, seen in one_step(method, "llama", dtype):
+    for plain, layer, seen in one_step(method, name, dtype):
         x, dY = seen["x"].double(), seen["dY"].double()
         x_hat = rebuilt(x, vectors_of(layer, x.shape[-1]).double())
         wanted = gradients(plain.double(), x_hat, dY)

@@ -202,3 +202,32 @@ def test_scores():
     assert numbers["pearson"] == pytest.approx(0.98198, abs=1e-4)
     constant = regression_scores(torch.ones(3), torch.arange(3.0))
     assert constant == {"pearson": None, "spearman": None}
+
+
+@pytest.mark.parametrize(
+    ("task", "train"), [("text-classification", "trec"), ("image-classification", "count")]
+)
+def test_settings_can_be_chosen_without_the_test_split(encoder, vit, tmp_path, task, train):
+    """800 to train, 200 to choose by: all of them from the training split."""
+    model = encoder if task.startswith("text") else vit
+    recipe = tiny.recipe_dict(task, model, train, tmp_path / "run")
+    data = {"train": train, "max_train": 80, "max_eval": 20, "max_length": 512}
+    data |= {"too_long": "truncate", "eval_fraction": 0.2, "seed": 3}
+    own = examples_of(recipe, {**data, "eval_split": "test"})
+    chosen = examples_of(recipe, {**data, "eval_split": "train"})
+    assert [len(part) for part in own] == [len(part) for part in chosen] == [80, 20]
+    assert not set(chosen[0]) & set(chosen[1])
+    assert not set(chosen[1]) & set(own[1])
+    with pytest.raises(DataError, match="has the splits 'train' and 'test', not 'valid'"):
+        examples_of(recipe, {**data, "eval_split": "valid"})
+
+
+def examples_of(recipe, data):
+    """Training and held-out examples, each as something that can be compared."""
+    checked = Recipe.model_validate({**recipe, "data": data})
+    prepared = prepare(checked, transformers.ByT5Tokenizer())  # tells all texts apart
+    key = "input_ids" if checked.task.startswith("text") else "pixel_values"
+    return [
+        [str(list(map(int, torch.as_tensor(row[key]).flatten()))) for row in part]
+        for part in (prepared.train, prepared.eval)
+    ]

@@ -79,7 +79,7 @@ LOCAL_LEARNING_RATES = {  # the same with and without VeLoRA
     "lora": 2e-3,
 }
 TRAINING_EXAMPLES = 1000  # VTAB-1k
-TEST_EXAMPLES = 500
+TEST_EXAMPLES = 300
 WEIGHT_DECAY = 1e-4  # T1
 
 # Name in T1 -> the data set on the hub, and how it names things. Its protocol draws 1000 of the
@@ -133,9 +133,9 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
         "train": {
             **_optimisation(seed),
             "epochs": 1.0,
-            "batch_size": 8,  # 125 steps
+            "batch_size": 16,  # 63 steps
             "learning_rate": LOCAL_LEARNING_RATES[variant.partition("+")[0]],
-            "head_learning_rate": 3e-3,  # the head is new, and 125 steps are few
+            "head_learning_rate": 3e-3,  # the head is new, and 63 steps are few
             "autocast": True,
         },
         "evaluate": {"before": False, "batch_size": 50},

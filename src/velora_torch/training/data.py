@@ -32,6 +32,7 @@ from velora_torch.training.sources import (
     DataError,
     Rows,
     check_source,
+    has_test_split,
     kind_of,
     read_packaged,
     read_rows,
@@ -157,6 +158,7 @@ def load_rows(data: DataSection) -> tuple[Rows, Rows]:
     packaged = kind_of(data.train) == "packaged"
     if packaged:
         train, held_out = read_packaged(data.train)
+        held_out = held_out if has_test_split(data) else []
     else:
         train, held_out = read_rows(data.train, data.train_split, data.subset), []
     if data.eval is not None:

@@ -13,7 +13,7 @@ from velora_torch.training.data import PreparedData, load_rows, some, split
 from velora_torch.training.packaged.texts import TEXT_TASKS, check_texts, load_texts
 from velora_torch.training.rows import LABELLED_GUESSES, Part, columns_of
 from velora_torch.training.schema import Recipe
-from velora_torch.training.sources import DataError, Rows, check_source
+from velora_torch.training.sources import DataError, Rows, check_source, has_test_split
 
 Label = int | float
 
@@ -111,7 +111,8 @@ def _parts(recipe: Recipe) -> tuple[Part, Part, tuple[str, ...] | None]:
             other = "text-regression" if classes is None else "text-classification"
             raise DataError(f"{data.train} is for task: {other}, not for task: {recipe.task}")
         train_rows = [_row(text, label, classes) for text, label in packaged.train]
-        held_rows = [_row(text, label, classes) for text, label in packaged.test]
+        test = packaged.test if has_test_split(data) else ()
+        held_rows = [_row(text, label, classes) for text, label in test]
     else:
         train_rows, held_rows = load_rows(data)
     train = part_of(train_rows, recipe, data.train, "text")

@@ -18,7 +18,7 @@ from velora_torch.training.packaged.images import IMAGE_TASKS, check_images, loa
 from velora_torch.training.rows import Part
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import DataSection
-from velora_torch.training.sources import DataError, Rows, check_source
+from velora_torch.training.sources import DataError, Rows, check_source, has_test_split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -28,6 +28,11 @@ class Pictures(Dataset[dict[str, Tensor]]):
 
     def __init__(self, images: Any, labels: Sequence[int]) -> None:
         self._images, self._labels = images, labels
+
+    def select(self, places: Sequence[int]) -> Pictures:
+        """The images at some places, in this order."""
+        images, labels = self._images, self._labels
+        return Pictures([images[place] for place in places], [labels[place] for place in places])
 
     def __len__(self) -> int:
         """Number of images."""
@@ -89,13 +94,19 @@ def prepare_pictures(recipe: Recipe) -> PreparedData:
 
 
 def _packaged(data: DataSection, size: int) -> tuple[tuple[str, ...], Pictures, Pictures]:
+    held_out = not has_test_split(data)
+    wanted = data.max_train or 1000
+    drawn = round(wanted / (1 - data.eval_fraction)) if held_out else wanted
     try:
-        task = load_images(data.train, size, data.max_train or 1000, data.seed)
+        task = load_images(data.train, size, drawn, data.seed)
     except AssetError as error:
         raise DataError(f"{data.train}: {error}") from None
-    limit = data.max_eval
     train = Pictures(task.train_images, task.train_labels)
-    return task.classes, train, Pictures(task.test_images[:limit], task.test_labels[:limit])
+    held = Pictures(task.test_images, task.test_labels)
+    if held_out:
+        order = torch.randperm(drawn, generator=torch.Generator().manual_seed(data.seed)).tolist()
+        train, held = train.select(order[:wanted]), train.select(order[wanted:])
+    return task.classes, train, held.select(range(len(held))[: data.max_eval])
 
 
 def _read(recipe: Recipe, size: int) -> tuple[tuple[str, ...], Pictures, Pictures]:

@@ -153,13 +153,15 @@ class DataSection(Section):
     eval: str | None = Field(default=None, min_length=1)
     """Held-out data, as for train; null splits it off train."""
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of train that is held out when eval is null; packaged data bring their own split."""
+    """Share of train that is held out when eval is null; packaged data bring their own split,
+    unless eval_split is "train"."""
     subset: str | None = None
     """Configuration name of a hub data set that has several."""
     train_split: str = "train"
     """Split of a hub data set to train on."""
     eval_split: str | None = None
-    """Split of a hub data set to evaluate on."""
+    """Split of a hub data set to evaluate on. Packaged data: "test", as null, or "train": hold out
+    examples of the training split, so that settings are chosen without a look at the test split."""
     format: Literal["instruction", "chat", "text"] | None = None
     """Kind of data; null takes it from the columns."""
     columns: ColumnsSection = Field(default_factory=ColumnsSection)

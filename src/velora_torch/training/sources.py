@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from velora_torch.training.assets import DATA_SETS, AssetError, check_packaged, load_packaged
+from velora_torch.training.sections import DataSection
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 
@@ -33,6 +34,20 @@ def kind_of(name: str) -> str:
     if looks_local or name.endswith(SUFFIXES) or Path(name).exists():
         return "file"
     return "hub"
+
+
+def has_test_split(data: DataSection) -> bool:
+    """Whether packaged data are scored on their own test split, not on part of the training split.
+
+    Raises:
+        DataError: `eval_split` names neither.
+    """
+    if data.eval_split not in (None, "test", "train"):
+        raise DataError(
+            f"data.eval_split: {data.train} has the splits 'train' and 'test', "
+            f"not {data.eval_split!r}"
+        )
+    return data.eval_split != "train"
 
 
 def check_source(name: str) -> None:

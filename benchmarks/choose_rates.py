@@ -1,0 +1,122 @@
+"""Choose the learning rates of a bench: 800 training examples, 200 others to choose by.
+
+    python benchmarks/choose_rates.py glue|vtab [--part 1/2] [--table]
+
+VTAB-1k's way of choosing: each method of the bench without VeLoRA, at several learning rates, on
+two of its tasks; the test examples are not seen. One row for each run in
+benchmarks/results/choose_rates.jsonl; finished rows are skipped. --table prints the scores. The
+rates chosen stand in src/velora_torch/bench/; variants with VeLoRA take those of their method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from velora_torch.bench.catalogue import BENCHES
+from velora_torch.training.recipe import Recipe
+from velora_torch.training.run import Options, run
+
+ROWS = Path(__file__).parent / "results" / "choose_rates.jsonl"
+RATES = {
+    "glue": {
+        "full": (1e-4, 2e-4, 4e-4),
+        "galore": (2e-4, 5e-4, 1e-3),
+        "lora": (1e-3, 2e-3, 4e-3),
+        "velora-all": (2e-4, 4e-4, 8e-4),
+    },
+    "vtab": {
+        "linear-probe": (3e-3, 1e-2),
+        "full": (3e-5, 1e-4, 2e-4),
+        "ssf": (2e-3, 5e-3, 1e-2),
+        "hydra": (1e-3, 2e-3, 5e-3),
+        "lora": (1e-3, 2e-3, 5e-3),
+    },
+}
+TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji", "count")}
+TRAIN, CHOOSE = 800, 200
+SEED = 100
+"""Unlike the seeds of the benches."""
+
+
+def cells(bench: str) -> list[tuple[str, str, float]]:
+    """(task, variant, learning rate)."""
+    return [
+        (t, v, rate) for t in TASKS[bench] for v, rates in RATES[bench].items() for rate in rates
+    ]
+
+
+def measure(bench: str, task: str, variant: str, rate: float) -> dict:
+    recipe = BENCHES[bench].scales["local"].recipe(task, variant, SEED)
+    held_out = {
+        "max_train": TRAIN,
+        "max_eval": CHOOSE,
+        "eval_split": "train",
+        "eval_fraction": CHOOSE / (TRAIN + CHOOSE),
+    }
+    with tempfile.TemporaryDirectory() as output:
+        train = {**recipe["train"], "learning_rate": rate, "output": output}
+        data = {**recipe["data"], **held_out}
+        checked = Recipe.model_validate({**recipe, "data": data, "train": train})
+        results = run(checked, Options(overwrite=True, report=False), lambda line: None)
+    assert results.after is not None
+    return {
+        "benchmark": "choose_rates",
+        "bench": bench,
+        "task": task,
+        "variant": variant,
+        "learning_rate": rate,
+        "metric": results.after.metric,
+        "score": results.after.score,
+        "examples": [TRAIN, results.after.examples],
+        "command": f"python benchmarks/choose_rates.py {bench}",
+        "machine": vars(results.run.machine),
+        "versions": results.run.versions,
+    }
+
+
+def done(bench: str) -> list[dict]:
+    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    return [row for row in map(json.loads, lines) if row["bench"] == bench]
+
+
+def table(bench: str) -> str:
+    """Scores on the examples to choose by, in per cent."""
+    scores = {(r["task"], r["variant"], r["learning_rate"]): 100 * r["score"] for r in done(bench)}
+    tasks = TASKS[bench]
+    lines = [f"| method | rate | {' | '.join(tasks)} | mean |", "| --- " * (3 + len(tasks)) + "|"]
+    for variant, rates in RATES[bench].items():
+        for rate in rates:
+            own = [scores.get((task, variant, rate)) for task in tasks]
+            shown = " | ".join("-" if score is None else f"{score:.1f}" for score in own)
+            mean = "-" if None in own else f"{statistics.mean(own):.1f}"
+            lines.append(f"| {variant} | {rate:g} | {shown} | {mean} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bench", choices=list(RATES))
+    parser.add_argument("--part", default="1/1", help="such as 1/2: every second run")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.bench))
+        return
+    index, parts = (int(n) for n in arguments.part.split("/"))
+    known = {(row["task"], row["variant"], row["learning_rate"]) for row in done(arguments.bench)}
+    todo = [cell for cell in cells(arguments.bench)[index - 1 :: parts] if cell not in known]
+    for number, cell in enumerate(todo, 1):
+        row = measure(arguments.bench, *cell)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{number}/{len(todo)}", *cell, f"{row['score']:.4f}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
