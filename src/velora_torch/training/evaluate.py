@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from velora_torch.report.results import Quality
 from velora_torch.training.templates import PromptAnswer
+
+_ROWS = 128
+"""Prompts times answers in one forward pass; their logits over a large vocabulary need room."""
 
 
 @torch.no_grad()
@@ -93,25 +96,34 @@ def _answer_scores(
     )
     first_BV = F.log_softmax(read.logits[:, -1].float(), dim=-1)
 
-    rows = torch.arange(len(batch), device=device)
     scores = torch.stack([first_BV[:, answer[0]] for answer in answers], dim=1)
-    # Answers that share a beginning are scored together, one forward pass per answer length.
-    for index, answer in enumerate(answers):
-        if len(answer) == 1:
-            continue
-        known = answer[:-1]
+    for group in _groups_of_equal_length(answers, max(1, _ROWS // len(batch))):
+        known_CA = torch.tensor([answers[i][:-1] for i in group], device=device)
+        next_CA = torch.tensor([answers[i][1:] for i in group], device=device)
+        count, size = known_CA.shape
         cache = copy.deepcopy(read.past_key_values)
-        ids_BA = torch.tensor(known, device=device).expand(len(batch), -1)
-        ones = torch.ones_like(ids_BA)
-        after = lengths[:, None] + torch.arange(len(known), device=device)
+        cache.batch_repeat_interleave(count)
+        mask = torch.cat([mask_BP, mask_BP.new_ones(len(batch), size)], dim=1).long()
+        after = lengths[:, None] + torch.arange(size, device=device)
         output = model(
-            input_ids=ids_BA,
-            attention_mask=torch.cat([mask_BP.long(), ones], dim=1),
-            position_ids=after,
+            input_ids=known_CA.repeat(len(batch), 1),
+            attention_mask=mask.repeat_interleave(count, dim=0),
+            position_ids=after.repeat_interleave(count, dim=0),
             past_key_values=cache,
             use_cache=True,
         )
-        log_BAV = F.log_softmax(output.logits.float(), dim=-1)
-        for place, token in enumerate(answer[1:]):
-            scores[rows, index] += log_BAV[:, place, token]
+        log = F.log_softmax(output.logits.float(), dim=-1).unflatten(0, (len(batch), count))
+        targets = next_CA.expand(len(batch), -1, -1)[..., None]
+        scores[:, group] += log.gather(-1, targets).sum((-2, -1))
     return scores
+
+
+def _groups_of_equal_length(answers: list[list[int]], most: int) -> Iterator[list[int]]:
+    """Places of answers of more than one token, up to `most` of one length together."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, answer in enumerate(answers):
+        by_length[len(answer)].append(index)
+    for length, places in by_length.items():
+        if length > 1:
+            for start in range(0, len(places), most):
+                yield places[start : start + most]
