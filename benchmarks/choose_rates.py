@@ -1,9 +1,9 @@
 """Choose the learning rates of a bench: 800 training examples, 200 others to choose by.
 
-    python benchmarks/choose_rates.py glue|vtab [--part 1/2] [--table]
+    python benchmarks/choose_rates.py vtab|glue|alpaca [--part 1/2] [--table]
 
 VTAB-1k's way of choosing: each method of the bench without VeLoRA, at several learning rates, on
-two of its tasks; the test examples are not seen. One row for each run in
+some of its tasks; the test examples are not seen. One row for each run in
 benchmarks/results/choose_rates.jsonl; finished rows are skipped. --table prints the scores. The
 rates chosen stand in src/velora_torch/bench/; variants with VeLoRA take those of their method.
 """
@@ -36,8 +36,13 @@ RATES = {
         "hydra": (1e-3, 2e-3, 5e-3),
         "lora": (1e-3, 2e-3, 5e-3),
     },
+    "alpaca": {
+        "lora-bf16": (4e-4, 1e-3, 2e-3),
+        "coefficients-nf4": (1e-3, 3e-3),
+        "full": (1e-4, 2e-4),
+    },
 }
-TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji", "count")}
+TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji", "count"), "alpaca": ("trec-50",)}
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches."""

@@ -13,6 +13,7 @@ from velora_torch.training.templates import PromptAnswer
 CHOICES = {"a": [5, 2], "b": [6, 2], "long": [5, 7, 8, 2], "one": [9], "c": [10, 2], "d": [5, 7, 2]}
 
 
+@torch.no_grad()
 def log_likelihood(model, prompt, answer):
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))

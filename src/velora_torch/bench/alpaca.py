@@ -91,8 +91,8 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
         },
         "train": {
             **_optimisation(seed),
-            "steps": 32,
-            "batch_size": 16,
+            "steps": 64,
+            "batch_size": 8,
             "learning_rate": LOCAL_LEARNING_RATES[variant],
             "schedule": "cosine",
             "group_by_length": True,
