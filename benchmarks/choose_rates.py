@@ -24,9 +24,9 @@ from velora_torch.training.run import Options, run
 ROWS = Path(__file__).parent / "results" / "choose_rates.jsonl"
 RATES = {
     "glue": {
-        "full": (1e-4, 2e-4, 4e-4),
+        "full": (1e-4, 2e-4, 4e-4, 8e-4),
         "galore": (2e-4, 5e-4, 1e-3),
-        "lora": (1e-3, 2e-3, 4e-3),
+        "lora": (1e-3, 2e-3, 4e-3, 8e-3),
         "velora-all": (2e-4, 4e-4, 8e-4),
     },
     "vtab": {
