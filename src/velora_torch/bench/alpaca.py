@@ -140,6 +140,7 @@ def _method(variant: str, seed: int, lora: dict[str, Any]) -> dict[str, Any]:
 
 def _optimisation(seed: int) -> dict[str, Any]:
     return {
+        "optimizer": "adamw_torch_fused",
         "warmup": 0.03,  # QLoRA's
         "max_grad_norm": 0.3,  # QLoRA's
         "seed": seed,

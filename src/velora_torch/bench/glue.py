@@ -167,6 +167,7 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
 
 def _optimisation(seed: int) -> dict[str, Any]:
     return {
+        "optimizer": "adamw_torch_fused",
         "schedule": "linear",
         "warmup": 0.1,
         "seed": seed,

@@ -170,6 +170,7 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
 
 def _optimisation(seed: int) -> dict[str, Any]:
     return {
+        "optimizer": "adamw_torch_fused",
         "weight_decay": WEIGHT_DECAY,
         "schedule": "cosine",
         "warmup": 0.1,
