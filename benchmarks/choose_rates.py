@@ -31,18 +31,18 @@ RATES = {
     },
     "vtab": {
         "linear-probe": (3e-3, 1e-2),
-        "full": (3e-5, 1e-4, 2e-4),
-        "ssf": (2e-3, 5e-3, 1e-2),
-        "hydra": (1e-3, 2e-3, 5e-3),
-        "lora": (1e-3, 2e-3, 5e-3),
+        "full": (1e-5, 3e-5, 1e-4),
+        "ssf": (1e-3, 2e-3, 5e-3),
+        "hydra": (1e-3, 2e-3),
+        "lora": (1e-3, 2e-3),
     },
     "alpaca": {
-        "lora-bf16": (4e-4, 1e-3, 2e-3),
+        "lora-bf16": (4e-4, 1e-3, 2e-3, 4e-3),
         "coefficients-nf4": (1e-3, 3e-3),
-        "full": (1e-4, 2e-4),
+        "full": (1e-4, 2e-4, 5e-4),
     },
 }
-TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji",), "alpaca": ("trec-50",)}
+TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji", "count"), "alpaca": ("trec-50",)}
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches."""

@@ -71,9 +71,10 @@ METHODS: dict[str, dict[str, Any]] = {  # sub-token sizes and ranks: T10
         "velora": {"targets": LORA_TARGETS, **RANDOM},
     },
 }
-LOCAL_LEARNING_RATES = {  # the same with and without VeLoRA
+# The same with and without VeLoRA: what benchmarks/choose_rates.py chose for the rows without.
+LOCAL_LEARNING_RATES = {
     "linear-probe": 1e-2,
-    "full": 3e-5,
+    "full": 1e-5,
     "ssf": 2e-3,
     "hydra": 2e-3,
     "lora": 2e-3,
