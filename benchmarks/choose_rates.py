@@ -2,10 +2,10 @@
 
     python benchmarks/choose_rates.py vtab|glue|alpaca [--part 1/2] [--table]
 
-VTAB-1k's way of choosing: each method of the bench without VeLoRA, at several learning rates, on
-some of its tasks; the test examples are not seen. One row for each run in
-benchmarks/results/choose_rates.jsonl; finished rows are skipped. --table prints the scores. The
-rates chosen stand in src/velora_torch/bench/; variants with VeLoRA take those of their method.
+VTAB-1k's way of choosing: methods of the bench, at several learning rates, on some of its tasks;
+the test examples are not seen. One row for each run in benchmarks/results/choose_rates.jsonl;
+finished rows are skipped. --table prints the scores. The rates chosen (highest mean score) stand in
+src/velora_torch/bench/; a variant that has no rates here takes those of the method it varies.
 """
 
 from __future__ import annotations
@@ -31,13 +31,21 @@ RATES = {
     },
     "vtab": {
         "linear-probe": (3e-3, 1e-2),
-        "full": (1e-5, 3e-5, 1e-4),
+        "full": (3e-6, 1e-5, 3e-5, 1e-4),
+        "full+velora": (1e-5, 3e-5, 1e-4),
         "ssf": (1e-3, 2e-3, 5e-3),
+        "ssf+velora": (2e-3, 5e-3, 1e-2),
         "hydra": (1e-3, 2e-3),
+        "hydra+velora": (1e-3, 2e-3, 5e-3),
         "lora": (1e-3, 2e-3),
+        "lora+velora": (1e-3, 2e-3, 5e-3),
+        "lora+velora-random": (2e-3, 5e-3, 1e-2),
     },
     "alpaca": {
         "lora-bf16": (4e-4, 1e-3, 2e-3, 4e-3),
+        "qlora": (2e-3, 4e-3),
+        "qlora+velora": (2e-3, 4e-3),
+        "qlora+velora-random": (2e-3, 4e-3, 8e-3),
         "coefficients-nf4": (1e-3, 3e-3),
         "full": (1e-4, 2e-4, 5e-4),
     },
@@ -77,6 +85,7 @@ def measure(bench: str, task: str, variant: str, rate: float) -> dict:
         "learning_rate": rate,
         "metric": results.after.metric,
         "score": results.after.score,
+        "perplexity": results.after.perplexity,
         "examples": [TRAIN, results.after.examples],
         "command": f"python benchmarks/choose_rates.py {bench}",
         "machine": vars(results.run.machine),
