@@ -1,8 +1,11 @@
-"""Files are written whole or not at all."""
+"""Files and folders are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,3 +30,25 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def install_folder(target: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a temporary folder, then move it to `target` in one step.
+
+    Where another process has made `target` meanwhile, its copy stays.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        build(work)
+        work.chmod(0o755)
+        try:
+            os.replace(work, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -104,15 +104,15 @@ class Quality:
     accuracy_by_choice: dict[str, float | None] = field(default_factory=dict)
     """Accuracy on the examples whose right answer is this choice."""
     metric: str = "accuracy"
-    """The score that counts."""
+    """The score that counts; "perplexity" after pre-training."""
     scores: dict[str, float | None] = field(default_factory=dict)
-    """All scores of a classification or a regression by name; None: not defined."""
+    """All scores by name; None: not defined."""
     perplexity: float | None = None
     """Of a language model on general text, which shows what it forgets."""
 
     @property
     def score(self) -> float | None:
-        """The score that counts; higher is better."""
+        """The score that counts; higher is better, but for a perplexity."""
         return self.scores.get(self.metric, self.accuracy)
 
 

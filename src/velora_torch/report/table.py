@@ -93,7 +93,9 @@ def quality_lines(results: Results) -> list[Line]:
     if any(quality.accuracy is not None for quality in measured):
         lines.append(Line("accuracy", [format_percent(q.accuracy) for q in measured]))
     others = dict.fromkeys(name for q in measured for name in q.scores if name != "accuracy")
-    lines += [Line(name, [format_score(q.scores.get(name)) for q in measured]) for name in others]
+    for name in others:
+        shown = format_loss if name == "perplexity" else format_score
+        lines.append(Line(name, [shown(q.scores.get(name)) for q in measured]))
     if any(quality.perplexity is not None for quality in measured):
         cells = [format_loss(q.perplexity) for q in measured]
         lines.append(Line("perplexity, general text", cells))

@@ -41,6 +41,10 @@ def assemble(recipe: Recipe, say: Say) -> Assembled:
 
 def prepare_data(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
     """The tokenizer (None for images) and the data of a recipe."""
+    if recipe.task == "pretrain":
+        from velora_torch.training.pretraining.prepare import prepare_pretraining
+
+        return prepare_pretraining(recipe, say)
     tokenizer = None
     if recipe.task != "image-classification":
         tokenizer = models.load_tokenizer(recipe, say)

@@ -14,12 +14,12 @@ import importlib.util
 import os
 import random
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from velora_torch.atomic import install_folder
 
 MODELS = ("smollm2-135m-instruct", "dinov2-s", "minilm-l6")
 DATA_SETS = ("trec", "trec-50", "sms-spam")
@@ -216,7 +216,10 @@ def resolve_model(name: str, report: Callable[[str], None] = lambda line: None) 
         return package_file(source.package, source.file, source.install).parent
     if not _is_complete(target):
         report(f"converting {name} to {target}, once")
-        _install_atomically(target, functools.partial(_convert, name))
+        try:
+            install_folder(target, functools.partial(_convert, name))
+        except OSError as error:
+            raise AssetError(f"could not write the converted model to {target}: {error}") from error
     return target
 
 
@@ -303,25 +306,6 @@ def _nearest_folder(path: Path) -> str:
     names = [p.name for p in path.parent.iterdir() if p.is_dir()]
     near = difflib.get_close_matches(path.name, names, 1, 0.5)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
-
-
-def _install_atomically(target: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a temporary folder, then move it to `target` in one step."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            build(work)
-            work.chmod(0o755)
-            try:
-                os.replace(work, target)
-            except OSError:
-                if not _is_complete(target):  # else another process was faster: use its copy
-                    raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise AssetError(f"could not write the converted model to {target}: {error}") from error
 
 
 def _convert(name: str, folder: Path) -> None:

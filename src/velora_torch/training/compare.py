@@ -134,4 +134,5 @@ def _take(rows: Any, count: int) -> Iterator[dict[str, Any]]:
 def _stretch(row: dict[str, Any], length: int) -> dict[str, Any]:
     """Repeat or cut a row's tokens to a length."""
     times = -(-length // len(row["input_ids"]))
-    return {key: (list(value) * times)[:length] for key, value in row.items()}
+    lists = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in row.items()}
+    return {key: (value * times)[:length] for key, value in lists.items()}

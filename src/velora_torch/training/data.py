@@ -48,11 +48,12 @@ MOST_CHOICES = 50  # with metric "auto", more distinct answers than this are not
 class PreparedData:
     """What a run trains and evaluates on."""
 
-    format: Format | Literal["labelled", "images"]
+    format: Format | Literal["labelled", "images", "tokens"]
     train: Any
     """A `datasets.Dataset`: input_ids and labels (position_ids too when packed). For chat data,
     what `SFTTrainer` takes: prompt and completion, input_ids and labels, or messages. Images are
-    a `torch.utils.data.Dataset`: pixel_values (3, H, W) in uint8 and labels."""
+    a `torch.utils.data.Dataset`: pixel_values (3, H, W) in uint8 and labels. For pre-training,
+    `TokenWindows` in the order in which they are learnt from."""
     eval: Any | None
     """The held-out examples in the same form, if there are any."""
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
@@ -65,19 +66,26 @@ class PreparedData:
     """Names of the classes of a classification; a label is the place of its name in it."""
     assistant_only_loss: bool = False
     """For `SFTConfig`: only marks in the chat template can tell the answers from the rest."""
+    configuration: Any = None
+    """Of the model that starts from random weights (transformers' `PretrainedConfig`)."""
     stats: dict[str, Any] = field(default_factory=dict)
     """Counts of examples and tokens, for the report."""
 
 
 def check_sources(recipe: Recipe) -> None:
     """Check in seconds what would else fail after the model is loaded: names, files, packages."""
-    for name in (recipe.data.train, recipe.data.eval):
-        if name is not None:
-            _checker(recipe, name)(name)
-    if recipe.evaluate.perplexity is not None:
-        check_general_text(recipe.evaluate.perplexity)
-    check_model(recipe.model)
-    check_hub_model(recipe.model)
+    if recipe.task == "pretrain":
+        from velora_torch.training.pretraining.prepare import check_pretraining
+
+        check_pretraining(recipe)
+    else:
+        for name in (recipe.data.train, recipe.data.eval):
+            if name is not None:
+                _checker(recipe, name)(name)
+        if recipe.evaluate.perplexity is not None:
+            check_general_text(recipe.evaluate.perplexity)
+        check_model(recipe.model)
+        check_hub_model(recipe.model)
 
     from transformers.training_args import OptimizerNames
 

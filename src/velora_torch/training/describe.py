@@ -9,7 +9,9 @@ from velora_torch.training.sections import TrainSection
 def describe(recipe: Recipe) -> str:
     """Summarise a run."""
     data, train, evaluate = recipe.data, recipe.train, recipe.evaluate
-    if train.steps is not None:
+    if train.tokens is not None:
+        duration = f"{train.tokens} tokens, {recipe.steps():,} steps"
+    elif train.steps is not None:
         duration = f"{train.steps} steps"
     else:
         duration = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
@@ -35,6 +37,9 @@ def describe(recipe: Recipe) -> str:
     }
     if recipe.task != "language-modeling":
         del rows["template"]
+    if recipe.tokenizer is not None:
+        own = f"trained on the data, {recipe.tokenizer.vocab_size:,} tokens"
+        rows["tokenizer"] = own if recipe.tokenizer.source is None else recipe.tokenizer.source
     if recipe.memory_budget is not None:
         rows["memory"] = f"at most {recipe.memory_budget}: savings that are not given are planned"
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())

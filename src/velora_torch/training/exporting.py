@@ -8,6 +8,7 @@ from typing import Any
 
 from velora_torch.checkpoint import JSON_FILE, TENSOR_FILE, load_state
 from velora_torch.export import export_lora
+from velora_torch.training.assemble import prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import FolderError, RunFolder
 from velora_torch.training.recipe import Recipe
@@ -46,7 +47,14 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
     if to.exists():
         raise FolderError(f"{to} exists; choose a new folder")
     source = folder.newest_model(compressed=recipe.velora is not None)
+    merged = recipe.task == "pretrain" and source == folder.final  # whose base nobody has
     adapter = recipe.method in PEFT_METHODS or recipe.method == "coefficients"
+    if merged and adapter and lora:
+        raise FolderError(
+            f"{run} started from random weights, and its adapters are merged into {source}: an "
+            f"adapter has no base to lie on. Export it without --lora"
+        )
+    adapter = adapter and not merged
     pending = recipe.method == "coefficients" and source != folder.final
     if lora and (pending or not adapter):
         export_lora(_load_compressed(recipe, source), to)
@@ -69,7 +77,7 @@ def _load_compressed(recipe: Recipe, source: Path) -> Any:
     if recipe.velora is None:
         raise FolderError("this run trained whole weights without VeLoRA: no adapter can hold them")
     there = recipe.model_copy(update={"model": str(source)})
-    model = compress_for(recipe, load_model(there, lambda line: None, _data(recipe)))
+    model = compress_for(recipe, load_model(there, _quiet, _data(recipe)))
     load_state(model, source)
     return model
 
@@ -80,17 +88,22 @@ def _merge(recipe: Recipe, source: Path, to: Path) -> None:
     from velora_torch.training.models import load_model, load_tokenizer
 
     plain = recipe.model_copy(update={"method": "full", "lora": None, "quantization": None})
-    base = load_model(plain, lambda line: None, _data(recipe))
+    data = _data(recipe)
+    base = load_model(plain, _quiet, data)
     model = PeftModel.from_pretrained(base, source).merge_and_unload()
     model.save_pretrained(to)
-    if recipe.task != "image-classification":
-        load_tokenizer(recipe, lambda line: None).save_pretrained(to)
+    if recipe.task == "pretrain":
+        prepare_data(recipe, _quiet)[0].save_pretrained(to)
+    elif recipe.task != "image-classification":
+        load_tokenizer(recipe, _quiet).save_pretrained(to)
 
 
 def _data(recipe: Recipe) -> PreparedData | None:
-    """The data of a run whose model has a head for their classes."""
+    """The data of a run whose model cannot be made without: their classes, their vocabulary."""
     if recipe.task == "language-modeling":
         return None
-    from velora_torch.training.assemble import prepare_data
+    return prepare_data(recipe, _quiet)[1]
 
-    return prepare_data(recipe, lambda line: None)[1]
+
+def _quiet(line: str) -> None:
+    """Show nothing."""

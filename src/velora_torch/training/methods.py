@@ -6,6 +6,7 @@ adapters; SSF, Hydra, linear probing and BitFit are in `velora_torch.adapters`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def apply_method(model: Any, recipe: Recipe) -> Any:
 
 def head_of(model: Any, recipe: Recipe) -> list[str] | None:
     """Names of the layers that the task has added, which always train; None for LMs."""
-    if recipe.task == "language-modeling":
+    if recipe.is_language_model:
         return None
     return find_head(model) if recipe.head is None else list(recipe.head)
 
@@ -111,9 +112,11 @@ def peft_config(model: Any, recipe: Recipe) -> Any:
     lora = recipe.lora
     assert lora is not None
     shared: dict[str, Any] = {"target_modules": lora.targets}
-    if recipe.task == "language-modeling":
+    if recipe.is_language_model:
         shared["task_type"] = "CAUSAL_LM"
-    else:
+    if recipe.task == "pretrain":  # what starts random and gets no adapter trains as a whole
+        shared["modules_to_save"] = _not_adapted(model, lora.targets)
+    elif not recipe.is_language_model:
         shared["modules_to_save"] = head_of(model, recipe)
     if recipe.method == "ia3":
         if lora.targets == "all-linear":  # PEFT knows the usual layers of known models
@@ -148,6 +151,40 @@ def peft_config(model: Any, recipe: Recipe) -> Any:
         **shared,
         **variants.get(recipe.method, {}),
     )
+
+
+def _not_adapted(model: Any, targets: str | list[str]) -> list[str]:
+    """Names of all modules with weights of their own that get no adapter.
+
+    Args:
+        model: a causal language model.
+        targets: as PEFT understands them.
+
+    Raises:
+        MethodError: the output head shares its weight with the embedding.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        raise MethodError(
+            "the model's output head is its embedding, and PEFT would train two copies apart; "
+            "set tie_word_embeddings to false in its config.json, or use method: full"
+        )
+
+    def adapted(name: str, module: nn.Module) -> bool:
+        if targets == "all-linear":
+            return isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(f".{name}".endswith(f".{target}") for target in targets)
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None and not adapted(name, module)
+    ]
 
 
 def _steps(recipe: Recipe) -> int:

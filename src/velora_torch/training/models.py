@@ -43,7 +43,7 @@ def _needed(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "peft", why, "velora-torch[peft]"
     if recipe.quantization is not None:
         yield "bitsandbytes", why, "velora-torch[quantized]"
-    if recipe.task != "language-modeling":
+    if not recipe.is_language_model:
         yield "sklearn", f"task: {recipe.task}", "scikit-learn"
     if recipe.model.startswith("timm/"):
         yield "timm", f"model: {recipe.model}", "timm"
@@ -94,11 +94,19 @@ def load_model(
     Args:
         recipe: names the model, the task and the method.
         report: shows a line.
-        data: says how many classes there are; needed for every task but language modeling.
+        data: says how many classes there are, or which architecture starts from random weights;
+            needed for every task but language modeling.
     """
     import torch
     import transformers
 
+    if recipe.task == "pretrain":
+        from velora_torch.training.pretraining.architecture import random_model
+
+        assert data is not None
+        model = random_model(recipe, data.configuration)
+        model.config.use_cache = False
+        return apply_method(model, recipe)
     transformers.set_seed(recipe.train.seed)  # heads and adapters are random
     source = resolve_model(recipe.model, report)
     settings: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
@@ -169,7 +177,7 @@ def save_memory(recipe: Recipe, model: Any) -> Any:
             checkpoint_blocks(model, every)
         except ValueError as error:
             raise ModelError(f"train.gradient_checkpointing: {_first(error)}") from None
-        if recipe.method != "full" and recipe.task == "language-modeling":
+        if recipe.method != "full" and recipe.is_language_model:
             model.enable_input_require_grads()
     return model
 

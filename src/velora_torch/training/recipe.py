@@ -26,6 +26,7 @@ from velora_torch.training.sections import (
     HydraSection,
     LoraSection,
     QuantizationSection,
+    TokenizerSection,
     TrainSection,
     VeloraSection,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizationSection",
     "Recipe",
     "RecipeError",
+    "TokenizerSection",
     "TrainSection",
     "VeloraSection",
     "load_recipe",
@@ -50,6 +52,8 @@ __all__ = [
 SYNONYMS = {
     "lr": "train.learning_rate",
     "max_steps": "train.steps",
+    "max_tokens": "train.tokens",
+    "vocab_size": "tokenizer.vocab_size",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "gradient_accumulation_steps": "train.accumulation",
@@ -63,8 +67,12 @@ SYNONYMS = {
     "rank": "lora.r",
     "groups": "velora.num_groups",
 }
-# An override of one of a pair takes the place of the file's other one.
-EXCLUSIVE = (("train.steps", "train.epochs"), ("velora.num_groups", "velora.sub_token_size"))
+# An override of one of these takes the place of the file's other one.
+EXCLUSIVE = (
+    ("train.steps", "train.epochs", "train.tokens"),
+    ("velora.num_groups", "velora.sub_token_size"),
+    ("tokenizer.vocab_size", "tokenizer.source"),
+)
 
 KeyPath = tuple[str | int, ...]
 
@@ -109,7 +117,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe from a YAML file and apply overrides such as `train.steps=20`.
 
     An override's value is YAML. Overriding `train.steps` drops the file's `train.epochs` and
-    the other way round; the same holds for `velora.num_groups` and `velora.sub_token_size`.
+    `train.tokens`; the same holds for all settings of which one can be given (`EXCLUSIVE`).
     """
     path = Path(path)
     source = _Source(str(path))
@@ -234,11 +242,12 @@ def _override(data: dict[str, Any], text: str, source: _Source) -> None:
         section = below
     section[names[-1]] = value
     source.overrides[names] = text
-    for pair in EXCLUSIVE:
-        if _dotted(names) in pair and value is not None:
-            other = pair[1 - pair.index(_dotted(names))].rpartition(".")[2]
-            if (*names[:-1], other) not in source.overrides:
-                section.pop(other, None)
+    for group in EXCLUSIVE:
+        if _dotted(names) in group and value is not None:
+            for name in group:
+                other = name.rpartition(".")[2]
+                if (*names[:-1], other) not in source.overrides:
+                    section.pop(other, None)
 
 
 def _problems(error: ValidationError, data: dict[str, Any], source: _Source) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +144,11 @@ def _former_results(folder: RunFolder, checkpoint: Path | None) -> Results | Non
 def describe_data(data: PreparedData) -> str:
     """One line about the data."""
     stats = data.stats
+    if data.format == "tokens":
+        return (
+            f"{stats['train_tokens']:,} tokens to train on, {stats['passes']:.2f} passes over the "
+            f"text; {stats['eval_tokens']:,} held out; a vocabulary of {stats['vocabulary']:,}"
+        )
     if data.format == "images":
         return (
             f"{stats['train_examples']:,} training images, {stats['eval_examples']:,} held out; "
@@ -226,8 +232,9 @@ def _score(
         return None
     from velora_torch.training.trainer import Record, build_trainer
 
-    limit = recipe.evaluate.max_examples
-    held_out = data.eval if limit is None else data.eval.select(range(min(limit, len(data.eval))))
+    held_out, limit = data.eval, recipe.evaluate.max_examples
+    if limit is not None and data.format != "tokens":  # of windows no more are prepared
+        held_out = data.eval.select(range(min(limit, len(data.eval))))
     say(f"evaluating {when}: {len(held_out)} held-out rows")
     plain = recipe.model_copy(deep=True)
     plain.train.tensorboard = False
@@ -235,8 +242,22 @@ def _score(
         plain, model, tokenizer, data, Path(recipe.train.output), Record(), lambda line: None
     )
     metrics = trainer.evaluate(held_out if data.format != "chat" else None)
-    say(f"{when}: loss {metrics['eval_loss']:.4f}")
-    return Quality(loss=metrics["eval_loss"], examples=len(held_out))
+    loss = metrics["eval_loss"]
+    if recipe.task == "pretrain":
+        own = _exp(loss)
+        say(f"{when}: perplexity {own:.3f}, loss {loss:.4f}")
+        scores: dict[str, float | None] = {"perplexity": own}
+        return Quality(loss=loss, examples=len(held_out), metric="perplexity", scores=scores)
+    say(f"{when}: loss {loss:.4f}")
+    return Quality(loss=loss, examples=len(held_out))
+
+
+def _exp(loss: float) -> float:
+    """The perplexity of a mean loss per token; infinite where it is too large for a number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _describe_model(recipe: Recipe, model: Any) -> ModelInfo:

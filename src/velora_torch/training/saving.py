@@ -1,7 +1,8 @@
 """What a finished run writes as its trained model: always something that loads without velora.
 
-Full training, probes and BitFit: a plain checkpoint. PEFT's methods: a PEFT adapter. SSF and
-Hydra: merged into a plain checkpoint. Coefficients alone: a PEFT LoRA adapter.
+Full training, probes and BitFit: a plain checkpoint. PEFT's methods: a PEFT adapter; after
+pre-training, whose base nobody has, merged into a plain checkpoint. SSF and Hydra: the same.
+Coefficients alone: a PEFT LoRA adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from velora_torch.adapters import merge_adapters
 from velora_torch.export import export_lora
 from velora_torch.model import restore
-from velora_torch.training.schema import Recipe
+from velora_torch.training.schema import PEFT_METHODS, Recipe
 
 
 def save_final(recipe: Recipe, trainer: Any, folder: Path) -> None:
@@ -23,8 +24,10 @@ def save_final(recipe: Recipe, trainer: Any, folder: Path) -> None:
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
         return
-    if recipe.method in ("ssf", "hydra"):
-        merged = merge_adapters(restore(copy.deepcopy(trainer.model)))
+    pretrained_adapters = recipe.task == "pretrain" and recipe.method in PEFT_METHODS
+    if recipe.method in ("ssf", "hydra") or pretrained_adapters:
+        plain = restore(copy.deepcopy(trainer.model))
+        merged = plain.merge_and_unload() if pretrained_adapters else merge_adapters(plain)
         merged.save_pretrained(folder)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)

@@ -5,6 +5,7 @@ The sections are in `sections.py`; files and overrides are read in `recipe.py`.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -19,13 +20,19 @@ from velora_torch.training.sections import (
     Positive,
     QuantizationSection,
     Section,
+    TokenizerSection,
     TrainSection,
     VeloraSection,
     fail,
+    parse_count,
 )
 
 Task = Literal[
-    "language-modeling", "text-classification", "text-regression", "image-classification"
+    "language-modeling",
+    "pretrain",
+    "text-classification",
+    "text-regression",
+    "image-classification",
 ]
 Method = Literal[
     "full",
@@ -58,8 +65,11 @@ PEFT_METHODS = (
     "qlora",
 )
 """Methods whose adapters PEFT makes."""
+PRETRAINED = ("full", "lora", "rslora", "dora")
+"""Methods that make sense from random weights."""
 METRICS = {
     "language-modeling": ("auto", "choice", "loss"),
+    "pretrain": ("auto", "loss"),
     "text-classification": ("auto", "loss", "accuracy", "f1", "matthews"),
     "text-regression": ("auto", "loss", "pearson", "spearman"),
     "image-classification": ("auto", "loss", "accuracy", "f1", "matthews"),
@@ -77,7 +87,9 @@ class Recipe(Section):
     """How transformers computes attention; null: its own choice. eager is fastest for short
     sequences on a CPU, and keeps the attention weights."""
     task: Task = "language-modeling"
-    """What the model learns to do."""
+    """What the model learns to do; pretrain begins with random weights."""
+    tokenizer: TokenizerSection | None = None
+    """The vocabulary, for the task pretrain."""
     method: Method = "full"
     """What is trained: all weights, the head, biases, adapters, or coefficients alone."""
     head: Annotated[list[str], Field(min_length=1)] | None = None
@@ -157,11 +169,47 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _pretraining(self) -> Self:
+        if self.task != "pretrain":
+            if self.tokenizer is not None:
+                fail("tokenizer", f"is for task: pretrain; task: {self.task} has the model's own")
+            if self.train.tokens is not None:
+                fail("train.tokens", "is for task: pretrain; set train.epochs or train.steps")
+            return self
+        if self.tokenizer is None:
+            self.tokenizer = TokenizerSection()
+        if self.method not in PRETRAINED:
+            fail("method", f"has no sense with task: pretrain; known: {', '.join(PRETRAINED)}")
+        if self.memory_budget is not None:
+            fail("memory_budget", "cannot be planned for task: pretrain; use `velora plan`")
+        if self.data.packing or self.train.group_by_length or self.train.longest_first:
+            name = next(
+                name
+                for name, value in (
+                    ("data.packing", self.data.packing),
+                    ("train.group_by_length", self.train.group_by_length),
+                    ("train.longest_first", self.train.longest_first),
+                )
+                if value
+            )
+            fail(name, "has no effect with task: pretrain: all windows are full")
+        if self.data.format not in (None, "text"):
+            fail("data.format", f"must be text with task: pretrain, not {self.data.format}")
+        if self.evaluate.perplexity is not None:
+            fail(
+                "evaluate.perplexity", "is not for task: pretrain, which is scored by that of data"
+            )
+        if self.train.tokens is not None and (self.token_budget() or 0) < self._step_tokens():
+            step = self._step_tokens()
+            fail("train.tokens", f"is less than one step takes, which is {step:,} tokens")
+        return self
+
+    @model_validator(mode="after")
     def _task_and_settings(self) -> Self:
         if self.evaluate.metric not in METRICS[self.task]:
             known = ", ".join(METRICS[self.task])
             fail("evaluate.metric", f"is not a metric of task: {self.task}; known: {known}")
-        if self.task == "language-modeling":
+        if self.is_language_model:
             if self.train.head_learning_rate is not None:
                 fail("train.head_learning_rate", "is for tasks with a head, not language modeling")
             return self
@@ -188,6 +236,29 @@ class Recipe(Section):
         if self.data.format == "text" and self.evaluate.metric == "choice":
             fail("evaluate.metric", "'choice' needs instruction data, and data.format is 'text'")
         return self
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model predicts tokens, and has no head for a task."""
+        return self.task in ("language-modeling", "pretrain")
+
+    def _step_tokens(self) -> int:
+        """Tokens of an optimizer step of task: pretrain, over all processes."""
+        train, processes = self.train, int(os.environ.get("WORLD_SIZE", "1"))
+        return train.batch_size * train.accumulation * self.data.max_length * processes
+
+    def steps(self) -> int | None:
+        """Optimizer steps that the recipe asks for; None where it counts epochs."""
+        tokens = self.train.tokens
+        if tokens is None:
+            return self.train.steps
+        asked = parse_count(tokens) if isinstance(tokens, str) else tokens
+        return asked // self._step_tokens()
+
+    def token_budget(self) -> int | None:
+        """Tokens that task: pretrain takes in all, in whole steps; None where it counts epochs."""
+        steps = self.steps()
+        return None if steps is None else steps * self._step_tokens()
 
     def describe(self) -> str:
         """Summarise the run in a few lines of plain text."""

@@ -34,6 +34,18 @@ class Section(BaseModel):
     )
 
 
+def parse_count(text: str) -> int:
+    """The number that a text such as "100M" or "2.5B" says.
+
+    Raises:
+        ValueError: it says none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError("is not a number of tokens such as 100M, 2.5B or 500000")
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
+
+
 class VeloraSection(Section):
     """What is compressed, and how: the fields of `velora_torch.VeloraConfig`."""
 
@@ -122,6 +134,21 @@ class QuantizationSection(Section):
     """Quantise the quantisation constants too (4-bit types)."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the multiplications."""
+
+
+class TokenizerSection(Section):
+    """The tokenizer of a pre-training run: trained on its text, or a given one."""
+
+    vocab_size: int = Field(default=8192, ge=320, le=262144)
+    """Tokens of the byte-level BPE that is trained."""
+    source: str | None = Field(default=None, min_length=1)
+    """A model whose tokenizer is taken instead: a packaged one, a folder, or a hub id."""
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        if self.source is not None and "vocab_size" in self.model_fields_set:
+            fail("tokenizer.vocab_size", "has no effect with tokenizer.source; give one of them")
+        return self
 
 
 class ColumnsSection(Section):
@@ -230,6 +257,8 @@ class TrainSection(Section):
     """Passes over the data; 1 when steps is not given either."""
     steps: Positive | None = None
     """Optimizer steps, instead of epochs."""
+    tokens: str | Positive | None = None
+    """Tokens to learn from, such as 100M, instead of epochs (task: pretrain)."""
     batch_size: Positive = 8
     """Sequences in one forward pass."""
     accumulation: Positive = 1
@@ -285,11 +314,19 @@ class TrainSection(Section):
     longest_first: bool = False
     """Begin with the longest example: if a batch is too large for the memory, the first one is."""
 
+    @field_validator("tokens")
+    @classmethod
+    def _is_count(cls, tokens: str | int | None) -> str | int | None:
+        if isinstance(tokens, str):
+            parse_count(tokens)
+        return tokens
+
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
-        if self.steps is not None and self.epochs is not None:
-            fail("train.steps", "set train.epochs or train.steps, not both")
-        if self.steps is None and self.epochs is None:
+        given = [n for n in ("epochs", "steps", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            fail(f"train.{given[1]}", f"set train.{given[0]} or train.{given[1]}, not both")
+        if not given:
             self.epochs = 1.0
         return self
 

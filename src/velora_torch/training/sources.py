@@ -10,7 +10,7 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,14 @@ def has_test_split(data: DataSection) -> bool:
     return data.eval_split != "train"
 
 
-def check_source(name: str) -> None:
+def check_source(name: str, also: Sequence[str] = ()) -> None:
     """Raise `DataError` for data that are not there, without reading any.
 
     The hub is asked (one request) about data that its local cache lacks.
+
+    Args:
+        name: packaged data, a file, or a hub data set.
+        also: more names that would have been known, to say so.
     """
     kind = kind_of(name)
     if kind == "packaged":
@@ -66,7 +70,7 @@ def check_source(name: str) -> None:
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"{name!r} is not a file, not a packaged data set, and not a hub name")
     elif not _in_hub_cache(name):
-        _ask_hub(name)
+        _ask_hub(name, (*also, *DATA_SETS))
 
 
 def read_rows(name: str, split: str = "train", subset: str | None = None) -> Rows:
@@ -204,7 +208,7 @@ def _in_hub_cache(name: str) -> bool:
     return prepared.exists() or downloaded.exists()
 
 
-def _ask_hub(name: str) -> None:
+def _ask_hub(name: str, packaged: Sequence[str]) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -212,24 +216,36 @@ def _ask_hub(name: str) -> None:
         HfApi().dataset_info(name, timeout=10)
     except RepositoryNotFoundError:
         raise DataError(
-            f"{name!r} is not a file, not a packaged data set ({', '.join(DATA_SETS)}), "
+            f"{name!r} is not a file, not a packaged data set ({', '.join(packaged)}), "
             "and the hub has no data set of that name that is open to you"
         ) from None
     except Exception as error:  # whatever keeps it from answering, the user reads why
-        raise _unreachable(name, str(error).partition("\n")[0]) from None
+        raise _unreachable(name, str(error).partition("\n")[0], packaged) from None
 
 
-def _unreachable(name: str, why: str) -> DataError:
-    near = difflib.get_close_matches(name, DATA_SETS, 2, 0.5)
-    packaged = (
+def _unreachable(name: str, why: str, packaged: Sequence[str] = DATA_SETS) -> DataError:
+    near = difflib.get_close_matches(name, packaged, 2, 0.5)
+    hint = (
         f"did you mean {' or '.join(map(repr, near))}?"
         if near
-        else f"packaged: {', '.join(DATA_SETS)}"
+        else f"packaged: {', '.join(packaged)}"
     )
     return DataError(
-        f"{name!r} is not a file, not a packaged data set ({packaged}), "
+        f"{name!r} is not a file, not a packaged data set ({hint}), "
         f"and the hub could not be reached ({why})"
     )
+
+
+def hub_stream(name: str, split: str, subset: str | None) -> Iterator[dict[str, Any]]:
+    """Rows of a hub data set's split, read as they come, without a download of the whole."""
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(name, subset, split=split, streaming=True)
+    except OSError as error:
+        raise _unreachable(name, str(error).partition("\n")[0]) from None
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Rows:

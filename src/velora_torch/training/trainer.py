@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from velora_torch.integrations.transformers import VeloraTrainerMixin
@@ -26,6 +27,7 @@ from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
 from velora_torch.training.methods import head_of
 from velora_torch.training.order import LongestFirst
+from velora_torch.training.pretraining.tokens import TokenWindows
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
 
@@ -59,9 +61,11 @@ class RecordingMixin(VeloraTrainerMixin):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        if isinstance(dataset, TokenWindows):
+            return SequentialSampler(dataset)  # they are in order already
         if not self.longest_first:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         return LongestFirst.of(dataset, self.args)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
@@ -198,15 +202,16 @@ def interruptible(record: Record, say: Callable[[str], None]) -> Iterator[None]:
 
 def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
     """Arguments for `TrainingArguments` (or a class of its kind) from a recipe."""
-    train = recipe.train
+    train, pretraining = recipe.train, recipe.task == "pretrain"
     schedule = {"constant": "constant_with_warmup" if train.warmup else "constant"}
     return {
         "output_dir": str(output),
         "per_device_train_batch_size": train.batch_size,
         "per_device_eval_batch_size": recipe.evaluate.batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "max_steps": -1 if train.steps is None else train.steps,
-        "num_train_epochs": 1.0 if train.epochs is None else train.epochs,
+        "max_steps": -1 if (steps := recipe.steps()) is None else steps,
+        # Windows of tokens hold all passes already.
+        "num_train_epochs": 1.0 if train.epochs is None or pretraining else train.epochs,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": schedule.get(train.schedule, train.schedule),
         "warmup_steps": train.warmup,

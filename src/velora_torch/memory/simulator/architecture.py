@@ -37,13 +37,15 @@ class Architecture:
     """Number of repeated blocks; ``None`` where a few of them do not speak for all."""
     vocab: int | None
     """Size of the logits dimension: the output features of the output head, if there is one."""
+    config: Any
+    """The configuration of transformers; ``None`` for a module that has none."""
 
     def __init__(self, name: str, skeleton: nn.Module, task: Task | None, config: Any) -> None:
         self.name = name
         self.depth = blocks.uniform_depth(skeleton)
         heads = [head for head in output_heads(skeleton) if head is not None]
         self.vocab = getattr(heads[0], "out_features", None) if heads else None
-        self._task, self._config = task, config
+        self._task, self.config = task, config
         self._positions = _positions(skeleton, config)
         self._dtype: torch.dtype | None = None
 
@@ -98,11 +100,11 @@ class Architecture:
             raise ValueError(f"batch must be at least 1, got {batch}")
         with world:
             if self._task.images:
-                return _images(self._config, batch, dtype or self._dtype or torch.float32)
+                return _images(self.config, batch, dtype or self._dtype or torch.float32)
             ids = torch.zeros(batch, self.seq(seq) or 1, dtype=torch.long)
             if self._task.labels_each_token:
                 return {"input_ids": ids, "labels": torch.zeros_like(ids)}
-            return {"input_ids": ids, "labels": _class_labels(self._config, batch)}
+            return {"input_ids": ids, "labels": _class_labels(self.config, batch)}
 
     def seq(self, seq: int | None = None) -> int | None:
         """The number of tokens that a batch has if ``seq`` is asked for; ``None`` for images."""
@@ -155,7 +157,7 @@ class _FromConfig(Architecture):
         super().__init__(name, self._meta(config, None), self._auto, config)
 
     def _build(self, world: FakeWorld, dtype: torch.dtype | None) -> nn.Module:
-        return world.model(self._meta(self._config, dtype))
+        return world.model(self._meta(self.config, dtype))
 
     def _meta(self, config: PretrainedConfig, dtype: torch.dtype | None) -> nn.Module:
         config = copy.deepcopy(config)

@@ -1,0 +1,218 @@
+"""Documents of a corpus, one at a time: packaged text, a file, a folder of files, or the hub.
+
+A document is held out or trained on by a hash of its text, so that the split needs no second pass,
+is the same in any order, and keeps copies of a document on one side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from velora_torch.training.assets import AssetError
+from velora_torch.training.packaged.manuals import (
+    MANUALS,
+    check_manuals,
+    load_manuals,
+    manual_files,
+)
+from velora_torch.training.rows import columns_of
+from velora_torch.training.sections import DataSection
+from velora_torch.training.sources import (
+    SUFFIXES,
+    DataError,
+    check_source,
+    hub_stream,
+    kind_of,
+    read_rows,
+)
+
+Side = Literal["train", "eval"]
+SECTION = 8192
+"""Characters after which a plain text file may be cut into documents, at the next blank line."""
+
+
+def check_corpus(name: str) -> None:
+    """Raise `DataError` for text that is not there, without reading it."""
+    if name in MANUALS:
+        try:
+            check_manuals(name)
+        except AssetError as error:
+            raise DataError(str(error)) from None
+    elif Path(name).expanduser().is_dir():
+        _files(name)
+    else:
+        check_source(name, also=MANUALS)
+
+
+def documents(data: DataSection, side: Side) -> Iterator[str]:
+    """Yield the documents to train on, or those that are held out, in the order of the source.
+
+    Args:
+        data: names the sources, the split and the text's column; `max_train` and `max_eval` count
+            documents.
+        side: which of the two.
+
+    Raises:
+        DataError: the source is missing, unreadable or has no text; nothing is held out.
+    """
+    limit = data.max_train if side == "train" else data.max_eval
+    found = islice(_all(data, side), limit)
+    first = next(found, None)
+    if first is None:
+        what = "to train on" if side == "train" else "held out; raise data.eval_fraction"
+        raise DataError(f"{data.train}: no document is {what}")
+    yield first
+    yield from found
+
+
+def identity(data: DataSection) -> dict[str, Any]:
+    """What tells one corpus from another: its settings, and size and date of its local files.
+
+    Tokens that were made before are taken again for an equal identity. A hub data set counts as
+    the same as long as its name is.
+    """
+    fields = ("train", "eval", "eval_fraction", "subset", "train_split", "eval_split", "seed")
+    settings = {field: getattr(data, field) for field in (*fields, "max_train", "max_eval")}
+    sources = (data.train, *([data.eval] if data.eval else []))
+    return {**settings, "text": data.columns.text, "files": [_state(name) for name in sources]}
+
+
+def _all(data: DataSection, side: Side) -> Iterator[str]:
+    if side == "eval" and data.eval is not None:
+        yield from _read(data, data.eval, data.eval_split or data.train_split)
+    elif side == "eval" and data.eval_split is not None:
+        yield from _read(data, data.train, data.eval_split)
+    elif data.eval is not None or data.eval_split is not None:
+        yield from _read(data, data.train, data.train_split)
+    else:
+        for text in _read(data, data.train, data.train_split):
+            if _is_held_out(text, data) == (side == "eval"):
+                yield text
+
+
+def _is_held_out(text: str, data: DataSection) -> bool:
+    digest = hashlib.sha256(f"{data.seed}\n{text}".encode("utf-8", errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") < data.eval_fraction * 2**64
+
+
+def _read(data: DataSection, name: str, split: str) -> Iterator[str]:
+    """All documents of a source that have text in them."""
+    check_corpus(name)
+    if name in MANUALS:
+        texts = load_manuals(name)
+    elif Path(name).expanduser().is_dir():
+        texts = (text for file in _files(name) for text in _file(data, file))
+    elif kind_of(name) == "file":
+        texts = _file(data, Path(name).expanduser())
+    elif kind_of(name) == "packaged":
+        texts = _texts(data, iter(read_rows(name)), name)
+    else:
+        texts = _texts(data, hub_stream(name, split, data.subset), name)
+    return (text for text in texts if text.strip())
+
+
+def _files(name: str) -> list[Path]:
+    folder = Path(name).expanduser()
+    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    if not found:
+        raise DataError(f"{name}: the folder holds no file that can be read ({' '.join(SUFFIXES)})")
+    return found
+
+
+def _file(data: DataSection, path: Path) -> Iterator[str]:
+    """Documents of a file; lines of JSON and groups of Parquet are read one after the other."""
+    check_source(str(path))
+    if path.suffix == ".txt":
+        yield from _sections(path)
+    elif path.suffix == ".jsonl":
+        yield from _texts(data, _lines(path), str(path))
+    elif path.suffix == ".parquet":
+        yield from _texts(data, _parquet(path), str(path))
+    else:
+        yield from _texts(data, iter(read_rows(str(path))), str(path))
+
+
+def _sections(path: Path) -> Iterator[str]:
+    """A text in documents of `SECTION` characters and a little more, cut at blank lines."""
+    part: list[str] = []
+    size = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                if size >= SECTION and not line.strip():
+                    yield "".join(part)
+                    part, size = [], 0
+                part.append(line)
+                size += len(line)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x})"
+        ) from None
+    yield "".join(part)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise DataError(
+                            f"{path}:{number}: expected an object {{...}} on every line"
+                        )
+                    yield row
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text (after line {number})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _texts(data: DataSection, rows: Iterator[dict[str, Any]], source: str) -> Iterator[str]:
+    """The text column of rows."""
+    column: str | None = None
+    for number, row in enumerate(rows):
+        if column is None:
+            column = columns_of([row], data.columns, source).get("text")
+            if column is None:
+                raise DataError(
+                    f"{source}: can't tell which column is the text; there are: {', '.join(row)}. "
+                    f"Name it: data.columns.text"
+                )
+        text = row.get(column)
+        if not isinstance(text, str):
+            kind = "nothing" if text is None else f"a {type(text).__name__}"
+            raise DataError(f"{source}: example {number}: {column!r} holds {kind}; expected text")
+        yield text
+
+
+def _state(name: str) -> list[tuple[str, int, int]] | None:
+    """Paths, sizes and dates of a source's files; None for the hub and packaged data."""
+    path = Path(name).expanduser()
+    if name in MANUALS:
+        files = manual_files(name)
+    elif path.is_dir():
+        files = _files(name)
+    elif path.is_file():
+        files = [path]
+    else:
+        return None
+    stats = [(str(file), file.stat()) for file in files]
+    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]

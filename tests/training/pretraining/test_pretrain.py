@@ -1,0 +1,244 @@
+"""`velora train` with task: pretrain, from end to end."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.training import tiny
+from tests.training.pretraining import texts
+from velora_torch.model import compressed_layers
+from velora_torch.training.assemble import assemble
+from velora_torch.training.assets import AssetError
+from velora_torch.training.data import check_sources
+from velora_torch.training.exporting import export_run
+from velora_torch.training.folder import FolderError
+from velora_torch.training.recipe import RecipeError, load_recipe
+from velora_torch.training.run import Options, run
+from velora_torch.training.sections import parse_count
+from velora_torch.training.sources import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Trained vocabularies and token files are kept for the module."""
+    former = os.environ.get("VELORA_CACHE")
+    os.environ["VELORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if former is None:
+        del os.environ["VELORA_CACHE"]
+    else:
+        os.environ["VELORA_CACHE"] = former
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    corpus = texts.save_jsonl(folder / "corpus.jsonl", texts.documents())
+    return texts.save_config(folder / "small.json"), corpus
+
+
+@pytest.fixture
+def recipe(sources, tmp_path):
+    def _make(*overrides, output="run", **sections):
+        written = texts.recipe_dict(*sources, tmp_path / output, **sections)
+        return load_recipe(tiny.save_recipe(tmp_path / "recipe.yaml", written), overrides)
+
+    return _make
+
+
+def go(recipe, say=lambda line: None, **options):
+    return run(recipe, Options(report=False, **options), say)
+
+
+def final(recipe):
+    return load_file(f"{recipe.train.output}/final/model.safetensors")
+
+
+def test_a_run_learns_and_leaves_a_plain_model(recipe):
+    made = recipe("train.tokens=4k", evaluate={"max_examples": 20})
+    results = go(made)
+    assert results.before.metric == results.after.metric == "perplexity"
+    assert results.after.score < 0.7 * results.before.score
+    assert results.after.score == pytest.approx(math.exp(results.after.loss))
+    assert results.before.score == pytest.approx(360, rel=0.2)  # knows nothing of 360 tokens
+    assert results.memory.gradients < results.memory.weights
+    assert [point.step for point in results.history] == list(range(1, 63))  # 4000 // 64
+    assert all(point.tokens_per_second > 0 for point in results.history)
+    folder = f"{made.train.output}/final"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 360
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.get_input_embeddings().padding_idx is None  # the end of a text is learnt
+    logits = model(**tokenizer("The cat sees the house.", return_tensors="pt")).logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("velora", [None, {"sub_token_size": 4, "refresh_every": 2}])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(recipe, method, velora):
+    """In mid-stream: the next window is the one that would have come."""
+    more = {"lora": LORA} if method == "lora" else {}
+    settings = {"method": method, "velora": velora, "train": {"accumulation": 2}, **more}
+    whole = recipe("train.tokens=768", output="whole", **settings)
+    go(whole)
+    parted = recipe("train.tokens=768", output="parted", **settings)
+
+    def interrupt(line):
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert go(parted, interrupt).run.status == "interrupted"
+    assert go(parted, resume=True).run.status == "finished"
+    expected, found = final(whole), final(parted)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_two_runs_of_a_seed_are_equal_and_another_seed_is_not(recipe):
+    first, second = recipe(output="a"), recipe(output="b")
+    other = recipe("train.seed=1", output="c")
+    for made in (first, second, other):
+        go(made)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(final(first)[name], final(second)[name])
+    assert not torch.equal(final(first)[name], final(other)[name])
+
+
+def test_the_order_of_windows_does_not_depend_on_the_method(recipe):
+    plain = assemble(recipe(velora=None), lambda line: None).data.train
+    lora = assemble(recipe(method="lora", lora=LORA), lambda line: None).data.train
+    assert len(plain) == len(lora) == 24
+    for index in range(len(plain)):
+        assert torch.equal(plain[index]["input_ids"], lora[index]["input_ids"])
+
+
+def test_lora_trains_what_it_does_not_adapt_and_is_merged(recipe, tmp_path):
+    made = recipe(method="lora", lora=LORA)
+    model = assemble(made, lambda line: None).model
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for part in ("embed_tokens", "lm_head", "input_layernorm", "model.norm", "lora_B"):
+        assert any(part in name for name in trained), part
+    assert not any("base_layer" in name for name in trained)
+    go(made)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(f"{made.train.output}/final")
+    assert not hasattr(merged, "peft_config")
+    with pytest.raises(FolderError, match="has no base to lie on"):
+        export_run(tmp_path / "run", tmp_path / "adapter", lora=True)
+    export_run(tmp_path / "run", tmp_path / "plain", lora=False)
+    exported = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(t, exported[n]) for n, t in final(made).items())
+
+
+def test_lora_of_a_tied_model_is_refused(recipe, tmp_path):
+    tied = texts.save_config(tmp_path / "tied.json", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="output head is its embedding"):
+        assemble(recipe(model=str(tied), method="lora", lora=LORA), lambda line: None)
+
+
+def test_an_interrupted_lora_run_can_be_exported(recipe, tmp_path):
+    made = recipe(method="lora", lora=LORA)
+
+    def interrupt(line):
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    go(made, interrupt)
+    export_run(tmp_path / "run", tmp_path / "plain", lora=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert model.config.vocab_size == 360
+
+
+@pytest.mark.parametrize("preset", ["llama-3m", "llama-15m"])
+def test_small_presets_have_the_size_of_their_names(preset):
+    from velora_torch.memory.simulator.presets import preset as configuration
+
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(configuration(preset))
+    blocks = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
+    millions = int(preset.removeprefix("llama-").removesuffix("m"))
+    assert blocks / 1e6 == pytest.approx(millions, rel=0.5)
+
+
+def test_any_causal_architecture_and_a_given_tokenizer(recipe, tmp_path):
+    tiny.save_model(tmp_path / "other")
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    config.to_json_file(tmp_path / "gpt2.json", use_diff=False)
+    made = recipe(model=str(tmp_path / "gpt2.json"), tokenizer=None, velora={"sub_token_size": 8})
+    made = made.model_copy(
+        update={"tokenizer": type(made.tokenizer)(source=str(tmp_path / "other"))}
+    )
+    assembled = assemble(made, lambda line: None)
+    assert assembled.model.config.vocab_size == 14
+    assert compressed_layers(assembled.model)
+
+
+def test_checkpointing_recompute_chunked_loss_and_autocast_go_together(recipe):
+    settings = {"gradient_checkpointing": True, "recompute": True, "chunked_loss": True}
+    results = go(recipe(train={**settings, "autocast": True, "eval_every": 3}))
+    assert results.after.score < results.before.score
+    assert [e.step for e in results.evaluations] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("100M", 10**8), ("2.5b", 25 * 10**8), ("7k", 7000), (" 12 ", 12)]
+)
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"method": "qlora"}, "`method` has no sense with task: pretrain; known: full, lora"),
+        ({"data": {"packing": True}}, "`data.packing` has no effect with task: pretrain"),
+        ({"data": {"format": "chat"}}, "`data.format` must be text with task: pretrain"),
+        ({"train": {"tokens": "many"}}, "is not a number of tokens such as 100M"),
+        ({"train": {"tokens": 60}}, "less than one step takes, which is 64 tokens"),
+        ({"train": {"steps": 3}}, "set train.steps or train.tokens, not both"),
+        ({"train": {"head_learning_rate": 1e-3}}, "is for tasks with a head"),
+        ({"evaluate": {"perplexity": "pydoc"}}, "`evaluate.perplexity` is not for task: pretrain"),
+        ({"evaluate": {"metric": "choice"}}, "is not a metric of task: pretrain"),
+        ({"tokenizer": {"vocab_size": 20}}, "a number greater than or equal to 320"),
+        ({"tokenizer": {"vocab_size": 360, "source": "x"}}, "no effect with tokenizer.source"),
+        ({"task": "language-modeling"}, "`tokenizer` is for task: pretrain"),
+        ({"memory_budget": "1GiB"}, "`memory_budget` cannot be planned for task: pretrain"),
+    ],
+)
+def test_recipes_that_make_no_sense(recipe, sections, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(**sections)
+
+
+def test_sources_are_checked_before_anything_is_read(recipe, tmp_path, monkeypatch):
+    check_sources(recipe())
+    with pytest.raises(AssetError, match="did you mean llama-60m"):
+        check_sources(recipe(model="lama-60m"))
+    with pytest.raises(AssetError, match="is a vit, and transformers has no causal"):
+        check_sources(recipe(model="vit-b-16"))
+    with pytest.raises(DataError, match=r"the context of .* is 128 tokens; set data\.max_length"):
+        check_sources(recipe("train.steps=1", data={"max_length": 256}))
+    with pytest.raises(DataError, match="no such file"):
+        check_sources(recipe(data={"train": str(tmp_path / "none.jsonl")}))
+    with pytest.raises(AssetError, match="no model folder"):
+        check_sources(recipe("tokenizer.source=./none"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match=r"allenai/c5.*could not be reached"):
+        check_sources(recipe(data={"train": "allenai/c5"}))
+
+
+def test_too_little_text_is_told(recipe, tmp_path):
+    short = texts.save_jsonl(tmp_path / "short.jsonl", ["a few words"] * 3 + ["others"] * 3)
+    with pytest.raises(DataError, match=r"are needed at least|no document is"):
+        go(recipe(data={"train": str(short), "max_length": 64}))
