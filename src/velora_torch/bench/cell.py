@@ -38,7 +38,8 @@ def run_cell(cell: Cell, command: str, scratch: Path) -> Row:
     from velora_torch.training.run import Options, run
 
     start = time.perf_counter()
-    measure = BENCHES[cell.bench].scales[cell.scale].measure
+    scale = BENCHES[cell.bench].scales[cell.scale]
+    measure = scale.measure
     with tempfile.TemporaryDirectory(dir=scratch, prefix="cell-") as folder:
         recipe = recipe_of(cell, folder)
         options = Options(command=command, overwrite=True, report=False)
@@ -48,6 +49,9 @@ def run_cell(cell: Cell, command: str, scratch: Path) -> Row:
             raise KeyboardInterrupt
         gc.collect()  # the trainer and its model hold each other; what comes next needs the room
         row = row_of(cell, results, command, {} if measure is None else measure(recipe))
+        if scale.details is not None:
+            with _quiet():
+                row.details = dict(scale.details(recipe, results))
     row.seconds = time.perf_counter() - start
     return row
 

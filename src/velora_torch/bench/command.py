@@ -13,7 +13,7 @@ from velora_torch.atomic import write_whole
 from velora_torch.bench import cell as cell_room
 from velora_torch.bench import timing
 from velora_torch.bench.catalogue import BENCHES
-from velora_torch.bench.grid import Bench, Cell, Row, cells, changes, newest
+from velora_torch.bench.grid import Bench, Cell, Finished, Row, cells, changes, newest
 from velora_torch.bench.preflight import check_grid
 from velora_torch.bench.runner import FAILURES, RunCell, Runner, read_rows
 from velora_torch.bench.store import alone
@@ -217,16 +217,24 @@ def _write_table(chosen: Bench, scale: str, grid: Sequence[Cell], output: Path, 
         say(f"{len(stale)} rows of former recipes are not in the table")
     times = timing.current(timing.read_times(output / TIMES), whole)
     expected = len({cell.place for cell in grid} | {row.place for row in kept})
-    summary = summarise(chosen, scale, kept, times, expected)
     output.mkdir(parents=True, exist_ok=True)
-    from velora_torch.bench.plot import draw
-
-    drawn = draw(summary, output / PLOT)
-    text = markdown(summary, f"{PLOT}.png" if drawn else None)
+    finished = Finished(chosen, scale, kept, times, expected)
+    text = (chosen.report or _accuracy_and_memory)(finished, output)
     write_whole(output / TABLE, text)
     say(text)
     say(f"Table: {output / TABLE}")
     return 0
+
+
+def _accuracy_and_memory(finished: Finished, output: Path) -> str:
+    """The table and the plot of benches whose scores are better when they are higher."""
+    from velora_torch.bench.plot import draw
+
+    summary = summarise(
+        finished.bench, finished.scale, finished.rows, finished.times, finished.expected
+    )
+    drawn = draw(summary, output / PLOT)
+    return markdown(summary, f"{PLOT}.png" if drawn else None)
 
 
 def _current(rows: Sequence[Row], grid: Sequence[Cell]) -> tuple[list[Row], list[Row]]:

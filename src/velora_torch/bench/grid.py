@@ -7,9 +7,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from velora_torch.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from velora_torch.bench.timing import StepTime
+    from velora_torch.report.results import Results
 
 RecipeOf = Callable[[str, str, int], dict[str, Any]]
 """(task, variant, seed) -> the settings of a recipe, without `train.output`."""
@@ -41,6 +46,22 @@ class Scale:
     measure: Callable[[Recipe], Mapping[str, float]] | None = None
     """Scores a finished run anew, from the checkpoint in `train.output`; the first score counts.
     ``None``: the run's own score on held-out examples is what counts."""
+    details: Callable[[Recipe, Results], Mapping[str, Any]] | None = None
+    """What a row keeps besides its scores, from the recipe and the results of its run."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a report is written from."""
+
+    bench: Bench
+    scale: str
+    rows: Sequence[Row]
+    """One for each finished cell, all of today's recipes."""
+    times: Sequence[StepTime]
+    """Times of steps of today's recipes."""
+    expected: int
+    """Cells of the whole grid."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,8 @@ class Bench:
     scales: Mapping[str, Scale]
     notes: str = ""
     """What a reader of the table has to know."""
+    report: Callable[[Finished, Path], str] | None = None
+    """Writes plots into a folder and returns the table in Markdown; None: accuracy and memory."""
 
     def variant(self, name: str) -> Variant:
         """The variant of a name."""
@@ -145,7 +168,7 @@ def _is_off(value: Any) -> bool:
 class Row:
     """What one finished cell has measured; one line of rows.jsonl.
 
-    Times are seconds, memory is in bytes, scores lie between -1 and 1.
+    Times are seconds, memory is in bytes, scores lie between -1 and 1 but for perplexities.
     """
 
     bench: str
@@ -170,6 +193,8 @@ class Row:
     """The whole run."""
     train_seconds: float | None = None
     """From the first step to the last logged one."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What this bench keeps besides; see its scale."""
     date: str = ""
     command: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)

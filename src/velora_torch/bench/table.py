@@ -148,7 +148,7 @@ def markdown(summary: Summary, plot: str | None = None) -> str:
         parts += ["## With VeLoRA and without", _pairs_story(), _pairs_table(summary)]
     if plot is not None:
         parts += ["## Accuracy against memory", f"![accuracy against memory]({plot})"]
-    parts.append(_origin(summary))
+    parts.append(origin(summary.rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -178,7 +178,7 @@ def _main_table(summary: Summary) -> str:
         if perplexity:
             cells.append(format_estimate(line.perplexity, 1.0, 2))
         body.append(cells)
-    return _grid(header, body)
+    return grid(header, body)
 
 
 def _pairs_table(summary: Summary) -> str:
@@ -195,7 +195,7 @@ def _pairs_table(summary: Summary) -> str:
         ]
         for pair in summary.pairs
     ]
-    return _grid(header, body)
+    return grid(header, body)
 
 
 def _story(summary: Summary) -> str:
@@ -225,19 +225,19 @@ def _pairs_story() -> str:
     )
 
 
-def _origin(summary: Summary) -> str:
+def origin(rows: Sequence[Row]) -> str:
     """Command, machine and versions of the newest row, or of each kind of machine."""
-    if not summary.rows:
+    if not rows:
         return ""
-    newest = max(summary.rows, key=lambda row: row.date)
-    machines = dict.fromkeys(_machine(row) for row in summary.rows)
+    newest = max(rows, key=lambda row: row.date)
+    machines = dict.fromkeys(_machine(row) for row in rows)
     versions = ", ".join(
         f"{name} {newest.versions[name]}"
         for name in ("velora_torch", "torch", "transformers", "peft", "bitsandbytes")
         if name in newest.versions
     )
-    first = min(row.date for row in summary.rows)[:10]
-    hours = sum(row.seconds for row in summary.rows)
+    first = min(row.date for row in rows)[:10]
+    hours = sum(row.seconds for row in rows)
     return (
         f"Command: `{newest.command}`, {first} to {newest.date[:10]}, "
         f"{format_seconds(hours)} in all. Machine: {'; '.join(machines)}. {versions}."
@@ -291,6 +291,7 @@ def _signed(gap: Estimate | None) -> str:
     return f"+{shown}" if gap is not None and gap.mean >= 0 else shown
 
 
-def _grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

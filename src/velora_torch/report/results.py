@@ -90,6 +90,8 @@ class Evaluation:
     loss: float | None
     accuracy: float | None = None
     examples: int = 0
+    seconds: float | None = None
+    """Time since training began, evaluations included."""
 
 
 @dataclass

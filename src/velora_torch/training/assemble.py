@@ -36,6 +36,8 @@ def assemble(recipe: Recipe, say: Say) -> Assembled:
     tokenizer, data = prepare_data(recipe, say)
     model = place(models.load_model(recipe, say, data))
     models.save_memory(recipe, model)
+    if recipe.train.gradient_checkpointing is True:  # in a run the trainer does it
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return Assembled(recipe, tokenizer, data, model)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from velora_torch.training.answer_spans import Messages, chat_length, has_one_answer, learn_answers
 from velora_torch.training.assets import check_hub_model, check_model, normal_form
+from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, check_own_optimizer
 from velora_torch.training.packing import IGNORED, Tokens, pack_text, pack_whole
 from velora_torch.training.perplexity import check_general_text
 from velora_torch.training.recipe import Recipe, RecipeError
@@ -89,8 +90,10 @@ def check_sources(recipe: Recipe) -> None:
 
     from transformers.training_args import OptimizerNames
 
-    names = [name.value for name in OptimizerNames]
-    if recipe.train.optimizer not in names:
+    names = [*OWN_OPTIMIZERS, *(name.value for name in OptimizerNames)]
+    if recipe.train.optimizer in OWN_OPTIMIZERS:
+        check_own_optimizer(recipe.train)
+    elif recipe.train.optimizer not in names:
         near = difflib.get_close_matches(recipe.train.optimizer, names, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(names)}"
         raise RecipeError(

@@ -139,15 +139,17 @@ class QuantizationSection(Section):
 class TokenizerSection(Section):
     """The tokenizer of a pre-training run: trained on its text, or a given one."""
 
-    vocab_size: int = Field(default=8192, ge=320, le=262144)
-    """Tokens of the byte-level BPE that is trained."""
+    vocab_size: int | None = Field(default=None, ge=320, le=262144)
+    """Tokens of the byte-level BPE that is trained; 8192 where no source is given."""
     source: str | None = Field(default=None, min_length=1)
     """A model whose tokenizer is taken instead: a packaged one, a folder, or a hub id."""
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Self:
-        if self.source is not None and "vocab_size" in self.model_fields_set:
+        if self.source is not None and self.vocab_size is not None:
             fail("tokenizer.vocab_size", "has no effect with tokenizer.source; give one of them")
+        if self.source is None and self.vocab_size is None:
+            self.vocab_size = 8192
         return self
 
 
@@ -274,9 +276,10 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     optimizer: str = "adamw_torch"
-    """One of transformers' optimizer names."""
+    """One of transformers' optimizer names, or flora."""
     optimizer_targets: Targets | None = None
-    """Layers that a low-rank optimizer (galore_adamw, apollo_adamw) projects; null: all linear."""
+    """Layers that a low-rank optimizer (galore_adamw, apollo_adamw, flora) projects; null: all
+    linear."""
     optimizer_settings: dict[str, int | float | str] = Field(default_factory=dict)
     """Settings of the optimizer by name, such as rank and update_proj_gap."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(

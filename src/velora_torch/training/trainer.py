@@ -27,6 +27,7 @@ from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
 from velora_torch.training.methods import head_of
 from velora_torch.training.order import LongestFirst
+from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
@@ -49,12 +50,17 @@ class RecordingMixin(VeloraTrainerMixin):
     record: Record
     optimizer: Any
     longest_first: bool = False
+    own_optimizer: TrainSection | None = None
+    """Names an optimizer that transformers does not know."""
     head_rate: float | None = None
     """Learning rate of the layers named in `head`, where it differs."""
     head: tuple[str, ...] = ()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with parameter groups for the head where its rate differs."""
+        if self.own_optimizer is not None and self.optimizer is None:
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if self.head_rate is not None:
             _give_head_its_rate(optimizer, self.model, self.head, self.head_rate)
@@ -145,7 +151,10 @@ class RecordCallback(TrainerCallback):
     ) -> None:
         """Record a line of the loss curve, or of an evaluation."""
         if "eval_loss" in logs:
-            self._record.evaluations.append(Evaluation(state.global_step, logs["eval_loss"]))
+            taken = time.perf_counter() - self._start
+            self._record.evaluations.append(
+                Evaluation(state.global_step, logs["eval_loss"], seconds=taken)
+            )
             self._say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
@@ -216,9 +225,11 @@ def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
         "lr_scheduler_type": schedule.get(train.schedule, train.schedule),
         "warmup_steps": train.warmup,
         "weight_decay": train.weight_decay,
-        "optim": train.optimizer,
+        "optim": "adamw_torch" if train.optimizer in OWN_OPTIMIZERS else train.optimizer,
         "optim_target_modules": _projected(train),
-        "optim_args": ",".join(f"{k}={v}" for k, v in train.optimizer_settings.items()) or None,
+        "optim_args": None
+        if train.optimizer in OWN_OPTIMIZERS
+        else ",".join(f"{k}={v}" for k, v in train.optimizer_settings.items()) or None,
         "adam_beta1": train.betas[0],
         "adam_beta2": train.betas[1],
         "adam_epsilon": train.eps,
@@ -252,7 +263,7 @@ def _projected(train: TrainSection) -> str | list[str] | None:
     """Layers whose gradients a low-rank optimizer projects."""
     if train.optimizer.startswith(("galore", "apollo")):
         return train.optimizer_targets or "all-linear"
-    return train.optimizer_targets
+    return None if train.optimizer in OWN_OPTIMIZERS else train.optimizer_targets
 
 
 def _plain(model: Any) -> Any:
@@ -294,6 +305,8 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.record = record
     trainer.longest_first = recipe.train.longest_first
+    if recipe.train.optimizer in OWN_OPTIMIZERS:
+        trainer.own_optimizer = recipe.train
     if recipe.train.head_learning_rate is not None:
         trainer.head_rate = recipe.train.head_learning_rate
         trainer.head = tuple(head_of(_plain(model), recipe) or ())

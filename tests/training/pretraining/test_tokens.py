@@ -36,7 +36,7 @@ def make(tokenizer, folder, limit=None):
 def test_a_trained_vocabulary_gives_any_text_back(tokenizer, text):
     assert len(tokenizer) == 400
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer.eos_token == tokenizer.pad_token == END
+    assert tokenizer.eos_token == END != tokenizer.pad_token
 
 
 def test_a_vocabulary_is_the_same_each_time(tokenizer, tmp_path):

@@ -19,12 +19,11 @@ from velora_torch.training.assets import (
 from velora_torch.training.pretraining.corpus import documents, identity
 from velora_torch.training.schema import Recipe
 
-END = "<|endoftext|>"
-"""Ends every document; also pads, and is the first and the last token of generated text."""
+END, PAD = "<|endoftext|>", "<|pad|>"
+"""END ends every document, and is the first and the last token of generated text. Padding is a
+token of its own, since models do not learn an embedding for it."""
 MOST_CHARACTERS = 200_000_000
 """A vocabulary is trained on so much text at most, from the beginning of the corpus."""
-BYTES = 256
-"""Tokens that a byte-level vocabulary has before any is merged."""
 
 
 def check_tokenizer(recipe: Recipe) -> None:
@@ -60,14 +59,16 @@ def make_tokenizer(recipe: Recipe, say: Callable[[str], None]) -> Any:
                 f"ends each document; choose another, or train one (tokenizer.vocab_size)"
             )
         return tokenizer
-    key = {"corpus": identity(recipe.data), "vocab_size": section.vocab_size}
+    size = section.vocab_size
+    assert size is not None
+    key = {"corpus": identity(recipe.data), "vocab_size": size}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / "tokenizers" / f"bpe-{section.vocab_size}-{digest}"
+    folder = cache_folder() / "tokenizers" / f"bpe-{size}-{digest}"
     if not (folder / "tokenizer.json").is_file():
-        say(f"training a vocabulary of {section.vocab_size:,} on {recipe.data.train}")
+        say(f"training a vocabulary of {size:,} on {recipe.data.train}")
 
         def build(work: Path) -> None:
-            train_bpe(_beginning(documents(recipe.data, "train")), section.vocab_size, work)
+            train_bpe(_beginning(documents(recipe.data, "train")), size, work)
 
         install_folder(folder, build)
     return AutoTokenizer.from_pretrained(folder)
@@ -78,7 +79,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
 
     Args:
         texts: documents.
-        vocab_size: tokens, `END` and the 256 bytes included; fewer where the text is too short.
+        vocab_size: tokens, `END`, `PAD` and the 256 bytes included; a short text gives fewer.
         folder: where it is written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -95,13 +96,13 @@ def train_bpe(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD
     )
     fast.save_pretrained(folder)
 

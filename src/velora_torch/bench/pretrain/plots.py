@@ -1,0 +1,126 @@
+"""Perplexity against tokens, against the memory of a whole step, and against time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from velora_torch.atomic import write_whole
+from velora_torch.bench.plot import DPI, HEIGHT, WIDTH, Point, place_labels
+from velora_torch.bench.pretrain.table import Line
+from velora_torch.report.inline_svg import BLUE, ORANGE, drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+
+
+def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
+    """Write the plots of one size as PNG and SVG.
+
+    Returns:
+        The PNG files' names, each with what it shows; plots without two points are left out.
+    """
+    plots = {
+        f"{task}_tokens": ("perplexity against tokens", _against_tokens),
+        f"{task}_memory": ("perplexity against the memory of a step", _against_memory),
+        f"{task}_time": ("perplexity against training time", _against_time),
+    }
+    drawn = {}
+    for name, (words, make) in plots.items():
+        with drawing():
+            figure = make(lines)
+            if figure is not None:
+                _write(figure, output / name)
+                drawn[f"{name}.png"] = f"{task}: {words}"
+    return drawn
+
+
+def _axes(x: str, y: str = "held-out perplexity") -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=6 / 72, h_pad=6 / 72)
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout=layout)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def _against_tokens(lines: Sequence[Line]) -> Figure | None:
+    """A curve for each method; names in a legend, the best at the end on top."""
+    with_curve = [line for line in lines if len(line.curve) > 1]
+    if not with_curve:
+        return None
+    figure, axes = _axes("million tokens")
+    ordered = sorted(with_curve, key=lambda line: line.curve[-1][1])
+    marks = "osD^v<>P*Xhd"
+    for number, line in enumerate(ordered):
+        tokens, values = zip(*line.curve, strict=True)
+        axes.plot(
+            [t / 1e6 for t in tokens],
+            values,
+            color=_colour(line),
+            alpha=0.85,
+            linewidth=1.3,
+            marker=marks[number % len(marks)],
+            markersize=4,
+            label=f"{line.variant.label}: {values[-1]:.1f}",
+        )
+    axes.set_yscale("log")
+    axes.legend(loc="upper right", frameon=False, fontsize=7.5, ncols=2)
+    return figure
+
+
+def _against_memory(lines: Sequence[Line]) -> Figure | None:
+    values = {line.variant.name: line.peak for line in lines}
+    return _points(lines, values, MIB, "peak of a training step, MiB")
+
+
+def _against_time(lines: Sequence[Line]) -> Figure | None:
+    values = {line.variant.name: line.train_seconds for line in lines}
+    return _points(lines, values, 60.0, "time of all steps, minutes")
+
+
+def _points(
+    lines: Sequence[Line], values: dict[str, float | None], unit: float, name: str
+) -> Figure | None:
+    points = []
+    for line in lines:
+        value = values[line.variant.name]
+        if value is not None and line.perplexity is not None:
+            error = line.perplexity.error or 0.0
+            at = (value / unit, line.perplexity.mean)
+            points.append(Point(line.variant.name, line.variant.label, *at, error, None))
+    if len(points) < 2:
+        return None
+    figure, axes = _axes(name)
+    for point in points:
+        axes.errorbar(
+            point.memory,
+            point.score,
+            yerr=point.error or None,
+            fmt="o",
+            color=BLUE if "velora" in point.variant else ORANGE,
+            markersize=6,
+            capsize=3,
+        )
+    axes.margins(x=0.2, y=0.16)
+    place_labels(figure, axes, points)
+    return figure
+
+
+def _colour(line: Line) -> str:
+    return BLUE if "velora" in line.variant.name else ORANGE
+
+
+def _write(figure: Figure, path: Path) -> None:
+    for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, facecolor="white", **settings)
+        write_whole(path.with_suffix(f".{suffix}"), buffer.getvalue())

@@ -1,0 +1,196 @@
+"""Pre-training from random weights: the protocol of the paper's section 4.4, and its neighbours.
+
+The paper trains LLaMA-60M and 130M on C4 against full-rank training, GaLore, LoRA and FLoRA
+("paper"). Here ("local") it is LLaMAs of about 3 and 15 million parameters on Debian's and Python's
+English documentation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from velora_torch.bench.grid import Bench, Finished, Scale, Variant, with_seed
+from velora_torch.bench.pretrain.measure import details
+
+BLOCKS = r".*\.layers\.\d+\."
+ALL_LINEAR = BLOCKS + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+VALUE_AND_DOWN = BLOCKS + r"(self_attn\.v_proj|mlp\.down_proj)"  # the paper, section 4.4
+NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
+REDRAWN = {"init": "random", "vectors": "per_group", "refresh_every": 50}
+M = 8
+
+VARIANTS = (
+    Variant("full", "Full"),
+    Variant("full-gc", "Full + gradient checkpointing", "full"),
+    Variant("full-8bit", "Full, 8-bit AdamW", "full"),
+    Variant("lora", "LoRA", "full"),
+    Variant("galore", "GaLore", "full"),
+    Variant("apollo", "APOLLO", "full"),
+    Variant("flora", "FLoRA", "full"),
+    Variant("velora-paper", "VeLoRA as published: v, down", "full"),
+    Variant("velora-value-down", "VeLoRA: v, down", "full"),
+    Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
+    Variant("velora-all", "VeLoRA: all", "full"),
+    Variant("velora-all-fixed", "VeLoRA: all, never redrawn", "full"),
+    Variant("velora-all-average", "VeLoRA: all, fixed average", "full"),
+    Variant("velora-all-m4", "VeLoRA: all, M = 4", "full"),
+    Variant("velora-all-m16", "VeLoRA: all, M = 16", "full"),
+    Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
+    Variant("velora-all-gc", "VeLoRA: all, + gradient checkpointing", "full"),
+)
+
+
+def _velora(targets: str, size: int = M, **more: Any) -> dict[str, Any]:
+    return {"targets": targets, "sub_token_size": size, "track_delta": False, **more}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"velora": None},
+    "full-gc": {"velora": None},
+    "full-8bit": {"velora": None},
+    "lora": {"velora": None},
+    "galore": {"velora": None},
+    "apollo": {"velora": None},
+    "flora": {"velora": None},
+    "velora-paper": {"velora": _velora(VALUE_AND_DOWN, gradient="dense")},
+    "velora-value-down": {"velora": _velora(VALUE_AND_DOWN)},
+    "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
+    "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
+    "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": None})},
+    "velora-all-average": {"velora": _velora(ALL_LINEAR)},
+    "velora-all-m4": {"velora": _velora(ALL_LINEAR, 4, **REDRAWN)},
+    "velora-all-m16": {"velora": _velora(ALL_LINEAR, 16, **REDRAWN)},
+    "velora-all-m32": {"velora": _velora(ALL_LINEAR, 32, **REDRAWN)},
+    "velora-all-gc": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
+}
+"""What is compressed, by variant."""
+
+WIDTHS = {"llama-3m": 192, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
+PROJECTION_GAP = 200  # GaLore's setting for C4; APOLLO and FLoRA take the same
+LEARNING_RATES: dict[str, dict[str, float]] = {
+    # To be chosen by benchmarks/choose_rates.py on other held-out text, with seed 100.
+    "llama-3m": dict.fromkeys(METHODS, 2e-3) | {"galore": 1e-2, "apollo": 1e-2, "lora": 4e-3},
+    "llama-15m": dict.fromkeys(METHODS, 1e-3) | {"galore": 1e-2, "apollo": 1e-2, "lora": 2e-3},
+}
+
+
+def method(variant: str, model: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a variant: those of the recipe's top level, and those of `train`."""
+    rank = WIDTHS[model] // 4  # GaLore's: 128 of 512, 256 of 768 (a third there)
+    top: dict[str, Any] = {"method": "full", **with_seed(METHODS[variant], seed)}
+    train: dict[str, Any] = {"optimizer": "adamw_torch_fused"}
+    projected = {"optimizer_targets": ALL_LINEAR}
+    if variant.endswith("-gc"):
+        train["gradient_checkpointing"] = True
+    elif variant == "full-8bit":
+        train["optimizer"] = "adamw_bnb_8bit"
+    elif variant == "lora":
+        top |= {
+            "method": "lora",
+            "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
+        }
+    elif variant == "galore":
+        settings = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "scale": 0.25}
+        train |= {"optimizer": "galore_adamw", "optimizer_settings": settings, **projected}
+    elif variant == "apollo":
+        settings = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "scale": 1.0}
+        train |= {"optimizer": "apollo_adamw", "optimizer_settings": settings, **projected}
+    elif variant == "flora":
+        settings = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "seed": seed}
+        train |= {"optimizer": "flora", "optimizer_settings": settings, **projected}
+    return top, train
+
+
+LOCAL_STEPS = {"llama-3m": 600, "llama-15m": 600}
+LOCAL_BATCH, LOCAL_LENGTH = 16, 256
+
+
+def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
+    """A cell for two CPU cores."""
+    top, train = method(variant, task, seed)
+    return {
+        **top,
+        "task": "pretrain",
+        "model": task,
+        "dtype": "float32",
+        "tokenizer": {"vocab_size": 4096},
+        "data": {
+            "train": "debian-docs",
+            "max_length": LOCAL_LENGTH,
+            "eval_fraction": 0.02,
+        },
+        "train": {
+            **train,
+            **_optimisation(seed),
+            "tokens": LOCAL_STEPS[task] * LOCAL_BATCH * LOCAL_LENGTH,
+            "batch_size": LOCAL_BATCH,
+            "learning_rate": LEARNING_RATES[task][variant],
+            "eval_every": LOCAL_STEPS[task] // 6,
+            "autocast": True,
+        },
+        "evaluate": {"before": False, "batch_size": 32, "max_examples": 512},
+    }
+
+
+PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, which T4 takes
+PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
+PAPER_RATES = {"galore": 1e-2, "apollo": 1e-2}  # their own; 1e-3 for all others
+
+
+def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
+    """A cell with the paper's model and data; needs the hub and a GPU."""
+    top, train = method(variant, task, seed)
+    return {
+        **top,
+        "task": "pretrain",
+        "model": task,
+        "dtype": "bfloat16",
+        "tokenizer": {"source": "google-t5/t5-base"},  # GaLore's: 32,000 tokens
+        "data": {
+            "train": "allenai/c4",
+            "subset": "en",
+            "eval_split": "validation",
+            "max_length": PAPER_LENGTH,
+        },
+        "train": {
+            **train,
+            **_optimisation(seed),
+            "tokens": PAPER_TOKENS[task],
+            "batch_size": PAPER_BATCH,
+            "accumulation": PAPER_ACCUMULATION,
+            "learning_rate": PAPER_RATES.get(variant, 1e-3),
+            "eval_every": 1000,
+        },
+        "evaluate": {"before": False, "batch_size": 64},
+    }
+
+
+def _optimisation(seed: int) -> dict[str, Any]:
+    return {
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "max_grad_norm": 1.0,
+        "seed": seed,
+        "save_final": False,
+        "tensorboard": False,
+    }
+
+
+def _report(finished: Finished, output: Path) -> str:
+    from velora_torch.bench.pretrain.table import report
+
+    return report(finished, output)
+
+
+PRETRAIN = Bench(
+    name="pretrain",
+    title="Pre-training: language models from random weights",
+    variants=VARIANTS,
+    scales={
+        "local": Scale(tuple(LOCAL_STEPS), local_recipe, timed="llama-15m", details=details),
+        "paper": Scale(tuple(PAPER_TOKENS), paper_recipe, timed="llama-60m", details=details),
+    },
+    notes="Perplexity on held-out text: lower is better.",
+    report=_report,
+)

@@ -1,0 +1,156 @@
+"""The table of `bench pretrain`: perplexity by size, what a step holds, and how fast it is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from velora_torch.bench.grid import Finished, Row, Variant
+from velora_torch.bench.statistics import Estimate, estimate
+from velora_torch.bench.table import MISSING, format_estimate, grid, origin
+from velora_torch.bench.timing import StepTime, newest_with
+from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
+
+CATEGORIES = {
+    "saved_activations": "saved activations",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant of one size in numbers; None: not measured."""
+
+    variant: Variant
+    rate: float
+    perplexity: Estimate | None
+    relative: Estimate | None
+    """Perplexity over that of the variant it is compared with, paired by seed, less 1."""
+    memory: dict[str, float | None]
+    peak: float | None
+    """The largest moment of a step, in bytes."""
+    tokens_per_second: float | None
+    step: StepTime | None
+    curve: list[tuple[float, float]]
+    """(tokens, perplexity), means over seeds."""
+    train_seconds: float | None
+    """Steps times the median time of one, so that all methods were timed on an idle machine."""
+
+
+def lines_of(finished: Finished, task: str) -> list[Line]:
+    """The lines of one size, in the order of the bench's variants."""
+    rows = [row for row in finished.rows if row.task == task]
+    variants = finished.bench.variants
+    by_variant = {v.name: [row for row in rows if row.variant == v.name] for v in variants}
+    lines = []
+    for variant in variants:
+        own = by_variant[variant.name]
+        if not own:
+            continue
+        step = newest_with([t for t in finished.times if t.task == task], [variant.name])
+        timed = step.get(variant.name)
+        first = own[0]
+        tokens = first.details["tokens"]
+        per_step = _step_tokens(first)
+        lines.append(
+            Line(
+                variant,
+                first.recipe["train"]["learning_rate"],
+                estimate([row.score for row in own]),
+                _relative(own, by_variant.get(variant.base or "", [])),
+                {name: _mean(own, lambda row, n=name: row.memory.get(n)) for name in CATEGORIES},
+                _mean(own, lambda row: row.details.get("peak_bytes")),
+                None if timed is None else per_step / timed.median,
+                timed,
+                _curve(own),
+                None if timed is None else tokens / per_step * timed.median,
+            )
+        )
+    return lines
+
+
+def report(finished: Finished, output: Path) -> str:
+    """Write the plots, and return table.md."""
+    from velora_torch.bench.pretrain.plots import draw
+
+    bench, seeds = finished.bench, sorted({row.seed for row in finished.rows})
+    parts = [
+        f"# {bench.title}",
+        f"{bench.notes} Scale: {finished.scale}; seeds: {len(seeds)}; {len(finished.rows)} of "
+        f"{finished.expected} cells are finished. Means over seeds ± their standard error; "
+        "differences are paired by seed. Saved activations, gradients and optimizer state are "
+        "counted storage by storage in the first step; the peak is the largest moment of a step, "
+        "everything in it, as tracked.",
+    ]
+    for task in finished.bench.scales[finished.scale].tasks:
+        lines = lines_of(finished, task)
+        if not lines:
+            continue
+        own = next(row for row in finished.rows if row.task == task)
+        parts += [f"## {task}, {own.details['tokens']:,} tokens", _table(lines)]
+        for name, words in draw(lines, task, output).items():
+            parts.append(f"![{words}]({name})")
+    parts.append(origin(finished.rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(lines: Sequence[Line]) -> str:
+    header = ["method", "rate", "perplexity", "against full", *CATEGORIES.values(), "peak"]
+    header += ["step", "tokens/s", "time"]
+    first = next((line.step for line in lines if line.step is not None), None)
+    body = []
+    for line in lines:
+        cells = [
+            line.variant.label,
+            f"{line.rate:g}",
+            format_estimate(line.perplexity, 1.0, 2),
+            _signed(line.relative),
+            *(_bytes(line.memory[name]) for name in CATEGORIES),
+            _bytes(line.peak),
+        ]
+        if line.step is None:
+            cells += [MISSING] * 3
+        else:
+            cells.append(format_seconds(line.step.median))
+            cells.append(f"{line.tokens_per_second:,.0f}")
+            cells.append(format_ratio(line.step.median / first.median) if first else MISSING)
+        body.append(cells)
+    return grid(header, body)
+
+
+def _relative(own: Sequence[Row], base: Sequence[Row]) -> Estimate | None:
+    others = {row.seed: row.score for row in base}
+    return estimate([row.score / others[row.seed] - 1 for row in own if row.seed in others])
+
+
+def _mean(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> float | None:
+    known = [n for row in rows if (n := quantity(row)) is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    at: dict[float, list[float]] = {}
+    for row in rows:
+        for point in row.details["curve"]:
+            if point["perplexity"] is not None:
+                at.setdefault(point["tokens"], []).append(point["perplexity"])
+    return [(tokens, statistics.fmean(values)) for tokens, values in sorted(at.items())]
+
+
+def _step_tokens(row: Row) -> int:
+    train, length = row.recipe["train"], row.recipe["data"]["max_length"]
+    return int(train["batch_size"] * train["accumulation"] * length)
+
+
+def _bytes(count: float | None) -> str:
+    return MISSING if count is None else format_bytes(count)
+
+
+def _signed(gap: Estimate | None) -> str:
+    if gap is None:
+        return MISSING
+    shown = format_estimate(gap, 100.0, 1)
+    return f"+{shown} %" if gap.mean >= 0 else f"{shown} %"

@@ -1,0 +1,1 @@
+"""Methods of others that no maintained package has, written small, to be compared with."""

@@ -1,0 +1,123 @@
+"""`velora bench pretrain`: its recipes, a cell of each method on a tiny model, table and plots."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.training.pretraining import texts
+from velora_torch.bench import catalogue
+from velora_torch.bench.cell import run_cell
+from velora_torch.bench.grid import Cell, Finished, Row, cells
+from velora_torch.bench.pretrain import protocol
+from velora_torch.bench.pretrain.table import lines_of, report
+from velora_torch.training.recipe import Recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+NAMES = [variant.name for variant in protocol.VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    corpus = texts.save_jsonl(folder / "corpus.jsonl", texts.documents())
+    return texts.save_config(folder / "small.json"), corpus
+
+
+def tiny(sources, variant):
+    """The bench's own recipe, on a model and a text that take a second."""
+    config, corpus = sources
+    made = protocol.local_recipe("llama-3m", variant, 0)
+    made["model"], made["tokenizer"] = str(config), {"vocab_size": 360}
+    made["data"] = {"train": str(corpus), "max_length": 32, "eval_fraction": 0.2}
+    made["train"] |= {"tokens": 32 * 4 * 4, "batch_size": 4, "eval_every": 2}
+    made["evaluate"]["max_examples"] = 8
+    if made.get("lora"):
+        made["lora"]["r"] = 4
+    if "optimizer_settings" in made["train"]:
+        made["train"]["optimizer_settings"] |= {"rank": 4}
+    whole = Recipe.model_validate(made).model_dump(mode="json")
+    return Cell("pretrain", "local", "llama-3m", variant, 0, whole)
+
+
+@pytest.mark.parametrize("scale", ["local", "paper"])
+def test_every_recipe_of_the_grid_is_valid(scale):
+    bench = catalogue.BENCHES["pretrain"]
+    grid = cells(bench, scale, bench.scales[scale].tasks, NAMES, 1)
+    assert len(grid) == 2 * len(NAMES)
+    recipes = [Recipe.model_validate(dict(cell.recipe)) for cell in grid]
+    assert len({(r.token_budget(), r.model) for r in recipes}) == 2  # the same tokens for all
+
+
+def test_all_methods_see_the_same_windows_model_and_schedule(sources):
+    def shared(cell):
+        train = {k: cell.recipe["train"][k] for k in ("tokens", "batch_size", "schedule", "seed")}
+        return cell.recipe["data"], cell.recipe["model"], cell.recipe["tokenizer"], train
+
+    first = shared(tiny(sources, "full"))
+    assert all(shared(tiny(sources, name)) == first for name in NAMES)
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_a_cell_of_each_method(sources, variant, tmp_path, monkeypatch):
+    monkeypatch.setenv("VELORA_CACHE", str(sources[0].parent / "cache"))
+    row = run_cell(tiny(sources, variant), "test", tmp_path)
+    assert row.metric == "perplexity"
+    assert 1 < row.score < 1000
+    assert [point["tokens"] for point in row.details["curve"]] == [256, 512]
+    assert row.details["peak_bytes"] > row.memory["weights"]
+    full = run_cell(tiny(sources, "full"), "test", tmp_path) if variant != "full" else row
+    smaller = {  # what the method is for
+        "full-gc": "saved_activations",
+        "full-8bit": None,  # small tensors keep 32 bits
+        "lora": "gradients",
+        "galore": "optimizer_state",
+        "apollo": "optimizer_state",
+        "flora": "optimizer_state",
+        "velora-paper": None,  # gradients are dense, and the states are AdamW's
+    }.get(variant, "optimizer_state")
+    if smaller is not None and variant != "full":
+        assert row.memory[smaller] < full.memory[smaller]
+
+
+def row(variant, seed, score, peak=2**20):
+    recipe = Recipe.model_validate(protocol.local_recipe("llama-3m", variant, seed))
+    curve = [{"tokens": n * 10**6, "seconds": 1.0 * n, "perplexity": score + 9 / n} for n in (1, 2)]
+    return Row(
+        "pretrain",
+        "local",
+        "llama-3m",
+        variant,
+        seed,
+        "x",
+        "perplexity",
+        score,
+        memory={"saved_activations": 2**21, "gradients": 2**20, "optimizer_state": 2**20},
+        details={"curve": curve, "tokens": 2 * 10**6, "peak_bytes": peak},
+        recipe=recipe.model_dump(mode="json"),
+        machine={"cpu": "test", "cores": 2},
+    )
+
+
+@pytest.fixture
+def finished():
+    scores = {"full": (20.0, 21.0, 22.0), "velora-all": (20.2, 21.42, 22.0)}
+    rows = [row(name, s, score) for name, own in scores.items() for s, score in enumerate(own)]
+    return Finished(protocol.PRETRAIN, "local", rows, [], 99)
+
+
+def test_differences_are_paired_by_seed(finished):
+    full, ours = lines_of(finished, "llama-3m")
+    assert full.relative is None
+    assert ours.relative.mean == pytest.approx((0.01 + 0.02 + 0.0) / 3)
+    assert ours.perplexity.mean == pytest.approx(21.206666)
+    assert [tokens for tokens, _ in ours.curve] == [1e6, 2e6]
+
+
+def test_the_report_has_a_table_and_its_plots(finished, tmp_path):
+    text = report(finished, tmp_path)
+    assert "| VeLoRA: all | 0.002 | 21.21 ± 0.53 | +1.0 ± 0.6 % | 2.00 MiB |" in text
+    assert "6 of 99 cells" in text
+    for name in ("llama-3m_tokens", "llama-3m_memory"):
+        assert f"({name}.png)" in text
+        assert (tmp_path / f"{name}.svg").stat().st_size > 1000
+    assert "llama-3m_time" not in text  # nothing was timed
