@@ -17,7 +17,7 @@ BLOCKS = r".*\.layers\.\d+\."
 ALL_LINEAR = BLOCKS + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VALUE_AND_DOWN = BLOCKS + r"(self_attn\.v_proj|mlp\.down_proj)"  # the paper, section 4.4
 NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
-REDRAWN = {"init": "random", "vectors": "per_group", "refresh_every": 50}
+REDRAWN: dict[str, Any] = {"init": "random", "vectors": "per_group", "refresh_every": 50}
 M = 8
 
 VARIANTS = (

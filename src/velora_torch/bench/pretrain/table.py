@@ -61,7 +61,7 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
                 first.recipe["train"]["learning_rate"],
                 estimate([row.score for row in own]),
                 _relative(own, by_variant.get(variant.base or "", [])),
-                {name: _mean(own, lambda row, n=name: row.memory.get(n)) for name in CATEGORIES},
+                {name: _mean_memory(own, name) for name in CATEGORIES},
                 _mean(own, lambda row: row.details.get("peak_bytes")),
                 None if timed is None else per_step / timed.median,
                 timed,
@@ -129,6 +129,10 @@ def _relative(own: Sequence[Row], base: Sequence[Row]) -> Estimate | None:
 def _mean(rows: Sequence[Row], quantity: Callable[[Row], float | None]) -> float | None:
     known = [n for row in rows if (n := quantity(row)) is not None]
     return statistics.fmean(known) if known else None
+
+
+def _mean_memory(rows: Sequence[Row], category: str) -> float | None:
+    return _mean(rows, lambda row: row.memory.get(category))
 
 
 def _curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
