@@ -2,10 +2,11 @@
 
     python benchmarks/sweep_velora.py [STUDY ...] [--part 1/2] [--table]
 
-A study takes one task and one variant of a bench, and trains it with other settings of VeLoRA (and
-of the learning rate, where its name says so); everything else is the bench's, the test examples
-included, over three seeds. One row for each run in benchmarks/results/sweep_velora.jsonl; finished
-rows are skipped. --table prints the means and the differences to the method without VeLoRA.
+A study takes a variant of a bench and some of its tasks, and trains it with other settings of
+VeLoRA (and of the learning rate, where its name says so); everything else is the bench's, the test
+examples included, over three seeds. One row for each run in benchmarks/results/sweep_velora.jsonl;
+finished rows are skipped, and what a bench has run with the very same recipe is taken from its own
+rows. --table prints the means and the differences to the method without VeLoRA.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import json
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from velora_torch.bench.catalogue import BENCHES
+from velora_torch.bench.grid import fingerprint
+from velora_torch.bench.runner import read_rows
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.run import Options, run
 
@@ -41,7 +43,7 @@ class Setting:
 @dataclass(frozen=True)
 class Study:
     bench: str
-    task: str
+    tasks: tuple[str, ...]
     variant: str
     settings: dict[str, Setting]
     """By name; the first is what all others are compared with."""
@@ -63,6 +65,39 @@ LORA_SETTINGS = {
     "random per group, M=4": Setting(_random(4)),
     "random per group, M=4, twice the rate": Setting(_random(4), rate=2.0),
 }
+ALL_LINEAR = {"targets": "all-linear"}
+FULL_SETTINGS = {
+    "without VeLoRA": Setting(None),
+    "value, down: average, M=32": Setting({"sub_token_size": 32}),
+    "value, down: average, M=8": Setting({"sub_token_size": 8}),
+    "value, down: average, M=32, dense gradient": Setting(
+        {"sub_token_size": 32, "gradient": "dense"}
+    ),
+    "value, down: random per group, M=8": Setting(_random(8)),
+    "all: random per group, M=8, redrawn every 10 steps": Setting(
+        {**ALL_LINEAR, **_random(8, refresh_every=10)}
+    ),
+    "all: the same, twice the rate": Setting(
+        {**ALL_LINEAR, **_random(8, refresh_every=10)}, rate=2.0
+    ),
+    "all: the same, four times the rate": Setting(
+        {**ALL_LINEAR, **_random(8, refresh_every=10)}, rate=4.0
+    ),
+}
+SSF_SETTINGS = {
+    "without VeLoRA": Setting(None),
+    "average, M=32": Setting({"sub_token_size": 32}),
+    "average, M=8": Setting({"sub_token_size": 8}),
+    "random per group, M=8": Setting(_random(8)),
+}
+ADAPTERS = {"targets": ["lora_A"]}
+QLORA_SETTINGS = {
+    "without VeLoRA": Setting(None),
+    "value, down: average, G=32": Setting({"num_groups": 32}),
+    "all: average, G=32": Setting({**ADAPTERS, "num_groups": 32}),
+    "all: random per group, M=4": Setting({**ADAPTERS, **_random(4)}),
+    "all: random per group, M=4, twice the rate": Setting({**ADAPTERS, **_random(4)}, rate=2.0),
+}
 COEFFICIENT_SETTINGS = {
     "LoRA, without VeLoRA": Setting(None),
     "average, G=32": Setting({"num_groups": 32}),
@@ -73,9 +108,14 @@ COEFFICIENT_SETTINGS = {
     ),
 }
 STUDIES = {
-    "lora-text": Study("glue", "trec-50", "lora", LORA_SETTINGS),
-    "lora-vision": Study("vtab", "orientation", "lora", LORA_SETTINGS),
-    "coefficients": Study("alpaca", "trec-50", "coefficients-nf4", COEFFICIENT_SETTINGS),
+    "full-vision": Study(
+        "vtab", ("mnist-5k", "animals", "count", "orientation"), "full+velora", FULL_SETTINGS
+    ),
+    "lora-text": Study("glue", ("trec-50", "vader-polarity"), "lora+velora", LORA_SETTINGS),
+    "lora-vision": Study("vtab", ("count", "orientation"), "lora+velora-random", LORA_SETTINGS),
+    "qlora": Study("alpaca", ("trec-50",), "qlora+velora", QLORA_SETTINGS),
+    "coefficients": Study("alpaca", ("trec-50",), "coefficients-nf4", COEFFICIENT_SETTINGS),
+    "ssf-vision": Study("vtab", ("count", "orientation"), "ssf+velora", SSF_SETTINGS),
 }
 
 
@@ -83,29 +123,32 @@ STUDIES = {
 class Cell:
     study: str
     setting: str
+    task: str
     seed: int
 
 
 def cells(studies: list[str]) -> list[Cell]:
     """Seed by seed, so that what is finished is balanced."""
     return [
-        Cell(study, setting, seed)
-        for seed in SEEDS
+        Cell(study, setting, task, seed)
         for study in studies
+        for seed in SEEDS
+        for task in STUDIES[study].tasks
         for setting in STUDIES[study].settings
     ]
 
 
-def recipe(cell: Cell, output: str) -> Recipe:
+def recipe(cell: Cell, output: str = "unused") -> Recipe:
     study = STUDIES[cell.study]
     setting = study.settings[cell.setting]
-    plain = setting.velora is None and study.variant == "coefficients-nf4"
-    variant = "lora-nf4" if plain else study.variant  # coefficients alone need VeLoRA
-    made = BENCHES[study.bench].scales["local"].recipe(study.task, variant, cell.seed)
+    variant = study.variant
+    if setting.velora is None:  # the bench's row without VeLoRA
+        variant = BENCHES[study.bench].variant(variant).base or variant
+    made = BENCHES[study.bench].scales["local"].recipe(cell.task, variant, cell.seed)
     velora = setting.velora
     if velora is not None:
-        kept = {"targets": ["lora_A"], **(made["velora"] or {})}
-        kept = {k: v for k, v in kept.items() if k not in ("num_groups", "sub_token_size")}
+        unsized = {"num_groups", "sub_token_size", "init", "vectors"}
+        kept = {key: value for key, value in made["velora"].items() if key not in unsized}
         velora = {**kept, "seed": cell.seed, **velora}
     train = {**made["train"], "output": output}
     train["learning_rate"] *= setting.rate
@@ -133,38 +176,61 @@ def measure(cell: Cell) -> dict:
     }
 
 
-def done() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+def done(studies: list[str]) -> dict[Cell, dict]:
+    """What has been measured: by this script, or by a bench with the same recipe."""
+    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    own = {Cell(r["study"], r["setting"], r["task"], r["seed"]): r for r in map(json.loads, lines)}
+    benches: dict[tuple, dict] = {}
+    for name in {STUDIES[study].bench for study in studies}:
+        for row in read_rows(ROWS.parent / name / "rows.jsonl"):
+            benches[row.task, row.seed, row.fingerprint] = {
+                "score": row.score,
+                "perplexity": row.perplexity,
+                "saved_activations": row.memory["saved_activations"],
+            }
+    found = {}
+    for cell in cells(studies):
+        whole = recipe(cell).model_dump(mode="json")
+        row = own.get(cell) or benches.get((cell.task, cell.seed, fingerprint(whole)))
+        if row is not None:
+            found[cell] = row
+    return found
 
 
 def table(name: str) -> str:
-    """Means over seeds ± standard error; differences paired by seed."""
-    by: dict[str, dict[int, dict]] = defaultdict(dict)
-    for row in done():
-        if row["study"] == name:
-            by[row["setting"]][row["seed"]] = row
-    settings = list(STUDIES[name].settings)
-    plain = by.get(settings[0], {})
-    texts = any(row["perplexity"] is not None for rows in by.values() for row in rows.values())
+    """Means over tasks and seeds; differences paired by both, their error over seeds."""
+    study, found = STUDIES[name], done([name])
+    settings = list(study.settings)
+    texts = any(row["perplexity"] is not None for row in found.values())
     header = ["setting", "seeds", "score", "difference", "saved activations"]
-    lines = [header + ["perplexity"] * texts]
+    lines = [header + ["perplexity"] * texts, ["---"] * (len(header) + texts)]
     for setting in settings:
-        rows = by.get(setting)
-        if not rows:
+        whole = [
+            [found[Cell(name, setting, task, seed)] for task in study.tasks]
+            for seed in SEEDS
+            if all(Cell(name, setting, task, seed) in found for task in study.tasks)
+        ]
+        plain = [
+            [found[Cell(name, settings[0], task, seed)] for task in study.tasks]
+            for seed in SEEDS[: len(whole)]
+            if all(Cell(name, settings[0], task, seed) in found for task in study.tasks)
+        ]
+        if not whole:
             continue
-        paired = [100 * (row["score"] - plain[s]["score"]) for s, row in rows.items() if s in plain]
-        saved = statistics.mean(row["saved_activations"] for row in rows.values())
+        scores = [100 * statistics.mean(row["score"] for row in rows) for rows in whole]
+        bases = [100 * statistics.mean(row["score"] for row in rows) for rows in plain]
+        gaps = [own - base for own, base in zip(scores, bases, strict=False)]
+        saved = statistics.mean(row["saved_activations"] for rows in whole for row in rows)
         line = [
             setting,
-            str(len(rows)),
-            _mean([100 * row["score"] for row in rows.values()]),
-            "" if setting == settings[0] else _mean(paired, "+.1f"),
+            str(len(whole)),
+            _mean(scores),
+            "" if setting == settings[0] else _mean(gaps, "+.1f"),
             f"{saved / 2**20:.0f} MiB",
         ]
         if texts:
-            line.append(_mean([row["perplexity"] for row in rows.values()]))
+            line.append(_mean([row["perplexity"] for rows in whole for row in rows]))
         lines.append(line)
-    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -188,8 +254,9 @@ def main() -> None:
         print("\n\n".join(f"**{name}**\n\n{table(name)}" for name in studies))
         return
     index, parts = (int(n) for n in arguments.part.split("/"))
-    known = {(row["study"], row["setting"], row["seed"]) for row in done()}
-    todo = [c for c in cells(studies)[index - 1 :: parts] if tuple(vars(c).values()) not in known]
+    known = done(studies)
+    open_cells = [cell for cell in cells(studies) if cell not in known]
+    todo = open_cells[index - 1 :: parts]
     for number, cell in enumerate(todo, 1):
         row = measure(cell)
         with ROWS.open("a") as file:
