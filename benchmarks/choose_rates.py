@@ -1,11 +1,12 @@
 """Choose the learning rates of a bench: 800 training examples, 200 others to choose by.
 
-    python benchmarks/choose_rates.py vtab|glue|alpaca [--part 1/2] [--table]
+    python benchmarks/choose_rates.py vtab|glue|alpaca|pretrain [--part 1/2] [--table]
 
 VTAB-1k's way of choosing: methods of the bench, at several learning rates, on some of its tasks;
-the test examples are not seen. One row for each run in benchmarks/results/choose_rates.jsonl;
-finished rows are skipped. --table prints the scores. The rates chosen (highest mean score) stand in
-src/velora_torch/bench/; a variant that has no rates here takes those of the method it varies.
+the test examples are not seen. Pre-training holds out other documents than the bench does. One row
+for each run in benchmarks/results/choose_rates.jsonl; finished rows are skipped. --table prints the
+scores. The rates chosen (best mean score) stand in src/velora_torch/bench/; a variant that has no
+rates here takes those of the method it varies.
 """
 
 from __future__ import annotations
@@ -49,8 +50,25 @@ RATES = {
         "coefficients-nf4": (1e-3, 3e-3),
         "full": (1e-4, 2e-4, 5e-4),
     },
+    "pretrain": {
+        "full": (1e-3, 2e-3, 4e-3),
+        "lora": (2e-3, 4e-3, 8e-3),
+        "galore": (5e-3, 1e-2, 2e-2),
+        "apollo": (5e-3, 1e-2, 2e-2),
+        "flora": (1e-3, 2e-3, 4e-3),
+        "velora-value-down": (1e-3, 2e-3, 4e-3),
+        "velora-not-qk": (2e-3, 4e-3),
+        "velora-all": (2e-3, 4e-3, 8e-3),
+        "velora-all-average": (1e-3, 2e-3, 4e-3),
+        "velora-all-m32": (4e-3, 8e-3),
+    },
 }
-TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji", "count"), "alpaca": ("trec-50",)}
+TASKS = {
+    "glue": ("trec-50", "vader"),
+    "vtab": ("emoji", "count"),
+    "alpaca": ("trec-50",),
+    "pretrain": ("llama-3m",),
+}
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches."""
@@ -65,12 +83,14 @@ def cells(bench: str) -> list[tuple[str, str, float]]:
 
 def measure(bench: str, task: str, variant: str, rate: float) -> dict:
     recipe = BENCHES[bench].scales["local"].recipe(task, variant, SEED)
-    held_out = {
-        "max_train": TRAIN,
-        "max_eval": CHOOSE,
-        "eval_split": "train",
-        "eval_fraction": CHOOSE / (TRAIN + CHOOSE),
-    }
+    held_out: dict = {"seed": SEED}  # of the split
+    if bench != "pretrain":
+        held_out = {
+            "max_train": TRAIN,
+            "max_eval": CHOOSE,
+            "eval_split": "train",
+            "eval_fraction": CHOOSE / (TRAIN + CHOOSE),
+        }
     with tempfile.TemporaryDirectory() as output:
         train = {**recipe["train"], "learning_rate": rate, "output": output}
         data = {**recipe["data"], **held_out}
@@ -86,7 +106,7 @@ def measure(bench: str, task: str, variant: str, rate: float) -> dict:
         "metric": results.after.metric,
         "score": results.after.score,
         "perplexity": results.after.perplexity,
-        "examples": [TRAIN, results.after.examples],
+        "examples": [None if bench == "pretrain" else TRAIN, results.after.examples],
         "command": f"python benchmarks/choose_rates.py {bench}",
         "machine": vars(results.run.machine),
         "versions": results.run.versions,
@@ -99,8 +119,9 @@ def done(bench: str) -> list[dict]:
 
 
 def table(bench: str) -> str:
-    """Scores on the examples to choose by, in per cent."""
-    scores = {(r["task"], r["variant"], r["learning_rate"]): 100 * r["score"] for r in done(bench)}
+    """Scores on the examples to choose by: in per cent, or perplexities."""
+    unit = 1 if bench == "pretrain" else 100
+    scores = {(r["task"], r["variant"], r["learning_rate"]): unit * r["score"] for r in done(bench)}
     tasks = TASKS[bench]
     lines = [f"| method | rate | {' | '.join(tasks)} | mean |", "| --- " * (3 + len(tasks)) + "|"]
     for variant, rates in RATES[bench].items():
