@@ -12,6 +12,8 @@ from velora_torch import VeloraConfig
 from velora_torch.analysis.capture import Capture
 from velora_torch.selection import select
 
+LORA = "base_model.model.model.layers.0.self_attn.v_proj.lora_{}.default"
+
 
 class Kept:
     """A capture of all layers of a model that keeps what it is given."""
@@ -57,6 +59,19 @@ def test_dY_times_x_is_autograd_s_gradient(name):
         assert_close(dW.T if conv1d else dW, weight.grad, 1e-5)
         assert captured.tokens == len(captured.x_TD)
         assert_close(kept.means[layer][0], captured.x_TD.mean(dim=0), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_an_adapter_s_gradient():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.5)
+    model = peft.get_peft_model(tiny_models.llama(), config).train()
+    torch.nn.init.normal_(model.get_submodule(LORA.format("B")).weight)
+    kept = Kept(model)
+    kept.step(model, [tiny_models.token_batch()])
+    captured = kept.samples[LORA.format("A")]
+    weight = kept.layers[LORA.format("A")].weight
+    assert_close(captured.dY_TO.T @ captured.x_TD, weight.grad, 1e-5)
 
 
 def test_gradients_of_accumulated_passes_add_up():

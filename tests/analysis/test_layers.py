@@ -41,6 +41,14 @@ def test_kinds_of_names_that_end_alike():
     assert kinds_of([""]) == {"": ""}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_of_lora_the_down_projections_are_looked_at():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(tiny_models.llama(), config)
+    assert kinds(model) == {"q_proj.lora_A.default", "v_proj.lora_A.default"}
+
+
 def test_targets_come_from_the_recipe():
     assert kinds(tiny_models.llama(), velora={"targets": ["v_proj"]}) == {"v_proj"}
     with pytest.raises(ValueError, match=r"'v_prj' matches no layer; nearest: .*v_proj"):

@@ -43,7 +43,7 @@ def made(tmp_path_factory):
     )
     recipe = load_recipe(tiny.save_recipe(folder / "recipe.yaml", written))
     said = []
-    request = Request(folder / "out", (0, 2), (4, 8, 100), 24, "velora analyze recipe.yaml")
+    request = Request(folder / "out", (0, 2), (8, 100), 24, "velora analyze recipe.yaml")
     return recipe, analyze(recipe, request, said.append), folder, "\n".join(said)
 
 
@@ -68,9 +68,9 @@ def test_every_layer_step_choice_and_number_of_groups_has_its_row(made):
     assert len(analysis.layers) == 14
     assert len(analysis.samples) == 2 * 14
     assert {sample.sampled for sample in analysis.samples} == {24}
-    assert len(analysis.ranks) == 2 * (12 * 2 + 2 * 3)  # only down_proj has 100 features
+    assert len(analysis.ranks) == 2 * (12 + 2 * 2)  # only down_proj has 100 features
     assert len(analysis.projections) == 10 * len(analysis.ranks)
-    assert len(analysis.curves) == 2 * 3 * 10
+    assert len(analysis.curves) == 2 * 2 * 10
     places = {(p.step, p.layer, p.groups, p.init, p.vectors) for p in analysis.projections}
     assert len(places) == len(analysis.projections)
 
@@ -106,7 +106,7 @@ def test_in_the_first_step_all_averages_are_one(made):
 def test_it_trains_between_its_steps(made):
     _, analysis, _, _ = made
     first, later = (
-        [row.shared for row in analysis.ranks if row.step == step and row.groups == 4]
+        [row.shared for row in analysis.ranks if row.step == step and row.groups == 8]
         for step in (0, 2)
     )
     assert all(a != b for a, b in zip(first, later, strict=True))
@@ -209,6 +209,12 @@ def test_an_output_that_exists_is_refused(command, tmp_path):
     assert code == 2
     assert "is there already; choose another with --output" in errors
     assert (tmp_path / "out/mine.txt").read_text() == "keep"
+
+
+def test_an_output_that_cannot_be_made_is_refused(command, tmp_path):
+    code, errors = command("--output", str(tmp_path / "rows.jsonl/deep/out"))
+    assert code == 2
+    assert "rows.jsonl/deep/out: no folder can be made in" in errors
 
 
 def test_more_steps_than_the_epochs_have(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,9 @@ class Request:
             self.check_length(recipe.train.steps)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise AnalysisError(f"{self.output} is there already; choose another with --output")
+        parent = next(path for path in self.output.absolute().parents if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise AnalysisError(f"{self.output}: no folder can be made in {parent}")
         if recipe.method == "coefficients":
             raise AnalysisError(
                 "method: coefficients trains nothing without compression, and an analysis trains "
