@@ -58,6 +58,7 @@ PROMISED = {
         "--table-only",
         "--no-time",
     },
+    "analyze": {"recipe", "overrides", "--steps", "--groups", "--tokens", "--output"},
 }
 
 

@@ -251,6 +251,47 @@ def bench(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def analyze(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as recipes/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as velora.targets=v_proj."),
+    ] = None,
+    steps: Annotated[
+        str, typer.Option(help="Steps of plain training before each measurement, such as 0,50.")
+    ] = "0",
+    groups: Annotated[
+        str, typer.Option(help="Numbers of groups to cut inputs into.")
+    ] = "4,8,16,32,64",
+    tokens: Annotated[int, typer.Option(help="Tokens to sample from each layer and step.")] = 256,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write, new or empty; runs/analyze/NAME by default."),
+    ] = None,
+) -> None:
+    """What compression would do to a recipe's activations and gradients: JSON, plots, tables."""
+    from velora_torch.analysis.run import Request, numbers
+    from velora_torch.analysis.run import analyze as run_analysis
+    from velora_torch.training.data import check_sources
+    from velora_torch.training.models import check_settings
+    from velora_torch.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    request = Request(
+        output or Path("runs/analyze") / recipe.stem,
+        numbers(steps, "steps"),
+        numbers(groups, "groups"),
+        tokens,
+        shlex.join(["velora", *sys.argv[1:]]),
+    )
+    request.check(loaded)
+    check_settings(loaded)
+    check_sources(loaded)
+    run_analysis(loaded, request, lambda line: print(line, flush=True))
+    typer.echo(f"Analysis: {request.output}/analysis.md")
+
+
 def main() -> None:
     """Run the command; a mistake of the user's is one message, never a traceback."""
     quiet()

@@ -1,0 +1,1 @@
+"""What compression does to a model's activations and gradients: `velora analyze`."""
