@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compressed, by variant."""
 
-WIDTHS = {"llama-3m": 192, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
+WIDTHS = {"llama-3m": 256, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
 PROJECTION_GAP = 200  # GaLore's setting for C4; APOLLO and FLoRA take the same
 LEARNING_RATES: dict[str, dict[str, float]] = {
     # To be chosen by benchmarks/choose_rates.py on other held-out text, with seed 100.

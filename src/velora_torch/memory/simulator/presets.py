@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 # hidden, intermediate, heads, layers: the sizes of the paper's LLaMA runs, and two that a CPU can
 # pre-train (their names count the blocks' parameters, as GaLore's 60m and 130m do not)
 _LLAMA = {
-    "llama-3m": (192, 512, 6, 4),
+    "llama-3m": (256, 688, 8, 4),
     "llama-15m": (384, 1024, 6, 8),
     "llama-60m": (512, 1376, 8, 8),
     "llama-130m": (768, 2048, 12, 12),
