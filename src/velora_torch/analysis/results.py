@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from velora_torch.atomic import write_whole
-from velora_torch.report.results import RunInfo, _decode, _encode
+from velora_torch.report.codec import decode, encode
+from velora_torch.report.results import RunInfo
 
 SCHEMA = "velora-torch/analysis/1"
 
@@ -147,7 +148,7 @@ def choices_of(rows: Iterable[Projection] | Iterable[Curve]) -> list[tuple[str, 
 
 def write_analysis(analysis: Analysis, path: str | os.PathLike[str]) -> None:
     """Write `analysis` as JSON; a reader finds the old file or the whole new one."""
-    document = {"schema": SCHEMA, **_encode(analysis, "analysis")}
+    document = {"schema": SCHEMA, **encode(analysis, "analysis")}
     # One line for each row: a whole model has tens of thousands.
     parts = []
     for key, value in document.items():
@@ -177,6 +178,6 @@ def read_analysis(path: str | os.PathLike[str]) -> Analysis:
     if schema != SCHEMA:
         raise ValueError(f"{path}: its schema is {schema!r}, and only {SCHEMA!r} can be read here")
     try:
-        return typing.cast(Analysis, _decode(document, Analysis, ""))
+        return typing.cast(Analysis, decode(document, Analysis, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

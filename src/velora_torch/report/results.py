@@ -6,18 +6,16 @@ is not finite (a loss that overflowed, say) is written as `null`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from velora_torch.atomic import write_whole
+from velora_torch.report.codec import decode, encode
 
 SCHEMA = "velora-torch/results/1"
 
@@ -201,7 +199,7 @@ class Results:
 
 def write_results(results: Results, path: str | os.PathLike[str]) -> None:
     """Write `results` as JSON; a reader finds the old file or the whole new one."""
-    document = {"schema": SCHEMA, **_encode(results, "results")}
+    document = {"schema": SCHEMA, **encode(results, "results")}
     write_whole(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -217,71 +215,6 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     if schema != SCHEMA:
         raise ValueError(f"{path}: its schema is {schema!r}, and only {SCHEMA!r} can be read here")
     try:
-        return typing.cast(Results, _decode(document, Results, ""))
+        return typing.cast(Results, decode(document, Results, ""))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _encode(value: Any, where: str) -> Any:
-    """`value` as JSON values; numbers that are not finite become None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {f.name: _encode(getattr(value, f.name), f"{where}.{f.name}") for f in fields}
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    raise TypeError(f"{where}: a {type(value).__name__} can't be written as JSON")
-
-
-def _decode(value: Any, kind: Any, where: str) -> Any:
-    """The JSON `value` as `kind`, a dataclass or one of the annotations used in this file."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(value, kind, where)
-    if kind is Any:
-        return value
-    if origin is types.UnionType:  # always "X | None" here
-        return None if value is None else _decode(value, arguments[0], where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}: {value!r} is none of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_decode(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _decode(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
-    if kind is float and value is None:  # it was not finite when it was written
-        return math.nan
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
-        return value
-    expected = getattr(origin or kind, "__name__", str(kind))
-    raise ValueError(f"{where}: expected {expected}, found {_found(value)}")
-
-
-def _decode_dataclass(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the file'}: expected an object, found {_found(value)}")
-    hints = typing.get_type_hints(kind)
-    dot = f"{where}." if where else ""
-    unknown = sorted(value.keys() - hints.keys())
-    if unknown:
-        raise ValueError(f"{dot}{unknown[0]}: not a field of this schema")
-    for f in dataclasses.fields(kind):
-        optional = (
-            f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        )
-        if f.name not in value and not optional:
-            raise ValueError(f"{dot}{f.name}: missing")
-    return kind(**{k: _decode(v, hints[k], f"{dot}{k}") for k, v in value.items()})
-
-
-def _found(value: Any) -> str:
-    """What a JSON value is, for a message."""
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
