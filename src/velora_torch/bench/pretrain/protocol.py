@@ -19,6 +19,7 @@ VALUE_AND_DOWN = BLOCKS + r"(self_attn\.v_proj|mlp\.down_proj)"  # the paper, se
 NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
 REDRAWN: dict[str, Any] = {"init": "random", "vectors": "per_group", "refresh_every": 50}
 M = 8
+PUBLISHED_M = {"v_proj": 8, "down_proj": 16}  # of LLaMA-60M: 64 and 86 groups
 
 VARIANTS = (
     Variant("full", "Full"),
@@ -41,7 +42,7 @@ VARIANTS = (
 )
 
 
-def _velora(targets: str, size: int = M, **more: Any) -> dict[str, Any]:
+def _velora(targets: str, size: int | dict[str, int] = M, **more: Any) -> dict[str, Any]:
     return {"targets": targets, "sub_token_size": size, "track_delta": False, **more}
 
 
@@ -53,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "galore": {"velora": None},
     "apollo": {"velora": None},
     "flora": {"velora": None},
-    "velora-paper": {"velora": _velora(VALUE_AND_DOWN, gradient="dense")},
+    "velora-paper": {"velora": _velora(VALUE_AND_DOWN, PUBLISHED_M, gradient="dense")},
     "velora-value-down": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
@@ -135,7 +136,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
 
 PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, which T4 takes
 PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
-PAPER_RATES = {"galore": 1e-2, "apollo": 1e-2}  # their own; 1e-3 for all others
+PAPER_RATES = {"galore": 1e-2, "apollo": 1e-2, "velora-paper": 1e-2}  # their own; 1e-3 else
 
 
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
