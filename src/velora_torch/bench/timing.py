@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from velora_torch.bench.cell import recipe_of
 from velora_torch.bench.grid import Cell
+from velora_torch.bench.interleave import Clock, Step, interleave, spread
 from velora_torch.bench.store import append_line, read_lines
-from velora_torch.report.environment import machine_info, version_info
+from velora_torch.bench.surroundings import surroundings
 
 if TYPE_CHECKING:
     from velora_torch.training.schema import Recipe
 
 Say = Callable[[str], None]
-Step = Callable[[], None]
 ROUNDS = 7
 
 
@@ -42,7 +40,7 @@ class StepTime:
     high: float
     rounds: int
     ratio: float
-    """To the session's first variant."""
+    """Of the medians, to the session's first variant."""
     threads: int
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -55,9 +53,9 @@ def time_variants(
     say: Say,
     command: str = "",
     rounds: int = ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> list[StepTime]:
-    """Time a step of each cell in turn, A B C ... A B C ..., after a round to warm up.
+    """Time a step of each cell in turn, after a round to warm up; see :func:`interleave`.
 
     Args:
         cells: one cell for each variant, of one task.
@@ -67,24 +65,12 @@ def time_variants(
         rounds: timed steps of each variant.
         clock: seconds since whenever.
     """
-    import torch
-
     steps = []
     for cell in cells:
         say(f"timing: preparing {cell.variant} on {cell.task}")
         steps.append(make_step(cell))
-    for step in steps:
-        step()
-    taken: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, seconds in zip(steps, taken, strict=True):
-            start = clock()
-            step()
-            seconds.append(clock() - start)
-    first = statistics.median(taken[0])
-    session = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine, versions = dataclasses.asdict(machine_info(device)), version_info()
+    taken = [spread(seconds) for seconds in interleave(steps, rounds, clock=clock)]
+    around = surroundings()
     return [
         StepTime(
             cell.bench,
@@ -92,16 +78,13 @@ def time_variants(
             cell.task,
             cell.variant,
             cell.fingerprint,
-            session,
-            median=(median := statistics.median(seconds)),
-            low=min(seconds),
-            high=max(seconds),
+            median=seconds.median,
+            low=seconds.low,
+            high=seconds.high,
             rounds=rounds,
-            ratio=median / first,
-            threads=torch.get_num_threads(),
-            machine=machine,
-            versions=versions,
+            ratio=seconds.median / taken[0].median,
             command=command,
+            **around,
         )
         for cell, seconds in zip(cells, taken, strict=True)
     ]
