@@ -18,7 +18,7 @@ from velora_torch.bench.statistics import (
     verdict,
 )
 from velora_torch.bench.timing import StepTime, newest_with
-from velora_torch.bench.writing import markdown_grid, origin
+from velora_torch.bench.writing import MISSING, markdown_grid, origin
 from velora_torch.report.quantities import (
     format_bytes,
     format_count,
@@ -26,8 +26,6 @@ from velora_torch.report.quantities import (
     format_seconds,
     ratio_of,
 )
-
-MISSING = "-"
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from velora_torch.bench.cell import recipe_of
 from velora_torch.bench.grid import Cell
 from velora_torch.bench.interleave import Clock, Step, interleave, spread
-from velora_torch.bench.store import append_line, read_lines
+from velora_torch.bench.store import append_line, read_records
 from velora_torch.bench.surroundings import surroundings
 
 if TYPE_CHECKING:
@@ -136,13 +136,7 @@ def read_times(path: Path) -> list[StepTime]:
     Raises:
         ValueError: a line is not a time.
     """
-    fields = {item.name for item in dataclasses.fields(StepTime)}
-    times = []
-    for number, document in enumerate(read_lines(path), 1):
-        if document.keys() != fields:
-            raise ValueError(f"{path}: line {number} is not the time of a step; remove it")
-        times.append(StepTime(**document))
-    return times
+    return read_records(path, StepTime, "the time of a step")
 
 
 def current(times: Sequence[StepTime], grid: Sequence[Cell]) -> list[StepTime]:
@@ -151,9 +145,19 @@ def current(times: Sequence[StepTime], grid: Sequence[Cell]) -> list[StepTime]:
     return [one for one in times if (one.scale, one.task, one.variant, one.fingerprint) in known]
 
 
-def newest_with(times: Sequence[StepTime], variants: Sequence[str]) -> dict[str, StepTime]:
+class OfSession(Protocol):
+    """A time, as far as its session goes."""
+
+    session: str
+    variant: str
+
+
+TimeT = TypeVar("TimeT", bound=OfSession)
+
+
+def newest_with(times: Sequence[TimeT], variants: Sequence[str]) -> dict[str, TimeT]:
     """The times of some variants in the newest session that has timed all of them; else {}."""
-    sessions: dict[str, dict[str, StepTime]] = {}
+    sessions: dict[str, dict[str, TimeT]] = {}
     for one in times:
         sessions.setdefault(one.session, {})[one.variant] = one
     for session in sorted(sessions, reverse=True):

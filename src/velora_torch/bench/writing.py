@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from velora_torch.report.quantities import format_seconds
 
+MISSING = "-"
+
 
 def markdown_grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; all columns but the first are numbers."""
