@@ -11,6 +11,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 
 from tests.bench.speed import tiny
+from velora_torch.bench.speed import session as session_room
 from velora_torch.bench.speed.goals import GOALS, Goal
 from velora_torch.bench.speed.rows import against, current, finished, make_rows, read_rows
 from velora_torch.bench.speed.session import WARMUPS, run_case
@@ -68,6 +69,16 @@ def test_a_variant_that_fails_leaves_the_others_theirs():
         "reconstruct",
         "factored",
     ]
+
+
+def test_a_variant_that_is_compiled_again_while_it_is_timed_has_no_row(monkeypatch):
+    graphs = iter([2, 3, 3])
+    monkeypatch.setattr(session_room, "graphs_made", lambda: next(graphs))
+    clock = tiny.Clock()
+    outcome = run_case(tiny.LAYER, variants_of(tiny.LAYER), 2, print, "", clock, clock.prepare)
+    assert list(outcome.failed) == ["plain+compile", "factored+compile"]
+    assert "compiled again" in outcome.failed["factored+compile"]
+    assert [row.variant for row in outcome.rows] == ["plain", "reconstruct", "dense", "factored"]
 
 
 @pytest.mark.parametrize("how", [{"fail": {"plain": ValueError("no")}}, {"bad": ("plain",)}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from velora_torch.bench.plot import write_figure
 from velora_torch.bench.speed.cases import Case
@@ -43,7 +43,8 @@ def draw(found: Found, cases: Sequence[Case], path: Path) -> bool:
         panels = figure.subplots(len(models), squeeze=False, height_ratios=heights)[:, 0]
         for axes, case in zip(panels, models, strict=True):
             _panel(axes, case, rows[case.name])
-        panels[-1].set_xlabel("time of a step over the first variant's; line: quartiles")
+        words = "time of a step over the first variant's; line: quartiles"
+        panels[-1].set_xlabel(words, fontsize=FONT)
         _explain_colours(panels[0])
         write_figure(figure, path)
     return True
@@ -57,12 +58,13 @@ def _panel(axes: Axes, case: Case, rows: Mapping[str, SpeedRow]) -> None:
         errors = [[row.ratio - row.ratio_lower], [row.ratio_upper - row.ratio]]
         axes.barh(place, row.ratio, height=0.7, color=COLOURS[variant.side])
         axes.errorbar(row.ratio, place, xerr=errors, color=INK, elinewidth=1.1, capsize=2)
-        at = row.ratio_upper + 0.015 * longest
-        axes.text(at, place, f"{row.ratio:.2f}×", va="center", fontsize=FONT, parse_math=False)
+        inside: dict[str, Any] = {"va": "center_baseline", "color": "white", "parse_math": False}
+        axes.text(0.012 * longest, place, f"{row.ratio:.2f}×", fontsize=FONT, **inside)
     axes.axvline(1.0, color=INK, linewidth=0.8)
-    axes.set_xlim(0, 1.12 * longest)
+    axes.set_xlim(0, 1.04 * max(1.0, longest))
     axes.set_yticks(range(len(shown)), [variant.label for variant in shown], fontsize=FONT)
     axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=FONT)
     axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
     axes.set_title(case.about, loc="left", fontsize=10.5, color=INK)

@@ -13,7 +13,7 @@ from velora_torch.bench.speed.cases import Case
 from velora_torch.bench.speed.parts import prepare_part
 from velora_torch.bench.speed.prepare import Prepared, prepare
 from velora_torch.bench.speed.rows import SpeedRow, make_rows
-from velora_torch.bench.speed.variants import Part, Timed
+from velora_torch.bench.speed.variants import Part, SpeedVariant, Timed
 from velora_torch.bench.speed.workload import Workload, build
 from velora_torch.bench.surroundings import surroundings
 from velora_torch.report.quantities import format_seconds
@@ -51,8 +51,9 @@ def run_case(
 ) -> Outcome:
     """Time the variants of a case in turn.
 
-    A variant that can't be prepared, or whose steps give what is not finite, has no row; the
-    others have theirs, unless it is the first, which all are compared with.
+    A variant that can't be prepared, whose steps give what is not finite, or that is compiled
+    again while it is timed, has no row; the others have theirs, unless it is the first, which all
+    are compared with.
 
     Args:
         case: what to time.
@@ -66,7 +67,9 @@ def run_case(
     import torch
 
     outcome, ready = Outcome(), dict[str, Prepared]()
-    torch.compiler.reset()  # what former cases have compiled counts as recompilation
+    compiled = [v.name for v in variants if isinstance(v, SpeedVariant) and v.compiled]
+    if compiled:
+        torch.compiler.reset()  # a graph of a former case would make these recompilations
     around = surroundings()
     start = clock()
     workload = build(case)
@@ -86,16 +89,26 @@ def run_case(
         f"{case.name}: {len(ready)} variants are ready after {format_seconds(clock() - start)}; "
         f"timing {turns} steps"
     )
+    graphs = graphs_made() if compiled else 0
     steps = [one.step for one in ready.values()]
     taken = interleave(steps, rounds, 1, clock)
     seconds = dict(zip(ready, taken, strict=True))
     for name, one in ready.items():
         if not bool(torch.isfinite(one.result()).all()):
             outcome.failed[name] = "its numbers are not finite"
-            del seconds[name]
+        elif name in compiled and graphs_made() != graphs:
+            outcome.failed[name] = "a model was compiled again in a timed round"
+    seconds = {name: own for name, own in seconds.items() if name not in outcome.failed}
     flops = {name: one.flops for name, one in ready.items()}
     if variants[0].name in seconds:
         outcome.rows = make_rows(case, seconds, flops, around, command)
     del ready, steps, workload
     gc.collect()
     return outcome
+
+
+def graphs_made() -> int:
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
