@@ -205,29 +205,37 @@ def plan(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="vtab, glue or alpaca.")],
+    name: Annotated[str, typer.Argument(help="vtab, glue, alpaca or speed.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; runs/bench/NAME by default.")
     ] = None,
     scale: Annotated[
-        str, typer.Option(help="local: packaged models and data, two CPU cores; or paper.")
+        str, typer.Option(help="local: two CPU cores, no network; or paper (of speed: large).")
     ] = "local",
     tasks: Annotated[str | None, typer.Option(help="Some of the tasks, such as a,b.")] = None,
+    cases: Annotated[
+        str | None, typer.Option(help="speed: some of the cases of any scale, such as a,b.")
+    ] = None,
     variants: Annotated[str | None, typer.Option(help="Some of the methods, such as x,y.")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each task and method.")] = 3,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(help="speed: timed steps of each variant; 15 by default.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each task and method; 3 by default.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at the same time; 1 by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Stop after so many runs.")] = None,
     list_only: Annotated[
-        bool, typer.Option("--list", help="Show all runs and which are finished, and stop.")
+        bool, typer.Option("--list", help="Show all runs or cases and which are finished.")
     ] = False,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Write table and plot of what is finished.")
     ] = False,
     no_time: Annotated[bool, typer.Option("--no-time", help="Do not time training steps.")] = False,
 ) -> None:
-    """Run a published protocol: a grid of runs, a table and a plot; a stopped one goes on."""
-    from velora_torch.bench.command import Request
+    """Run a published protocol, or time steps: rows, a table, a plot; a stopped bench goes on."""
     from velora_torch.bench.command import bench as run_bench
+    from velora_torch.bench.request import Request
 
     request = Request(
         name,
@@ -240,8 +248,10 @@ def bench(
         limit,
         list_only,
         table_only,
-        not no_time,
+        no_time,
         shlex.join(["velora", *sys.argv[1:]]),
+        cases,
+        rounds,
     )
     try:
         failed = run_bench(request, lambda line: print(line, flush=True))

@@ -14,9 +14,10 @@ from tests.bench import fakes
 from tests.training import tiny
 from velora_torch.bench import command as command_room
 from velora_torch.bench.cell import recipe_of, row_of, run_cell
-from velora_torch.bench.command import Request, bench
+from velora_torch.bench.command import bench
 from velora_torch.bench.grid import Bench, Scale, cells, row_to_json
 from velora_torch.bench.lm_evaluation import mmlu, model_arguments
+from velora_torch.bench.request import Request
 from velora_torch.report.results import HistoryPoint, ModelInfo, Quality, Results, RunInfo
 from velora_torch.training.recipe import Recipe
 

@@ -11,7 +11,8 @@ pytest.importorskip("typer")
 from tests.bench import fakes
 from velora_torch import cli
 from velora_torch.bench import command as command_room
-from velora_torch.bench.command import Request, bench
+from velora_torch.bench.command import bench
+from velora_torch.bench.request import Request
 from velora_torch.bench.runner import read_rows
 from velora_torch.bench.timing import read_times
 
@@ -83,7 +84,7 @@ def test_no_timing_before_the_grid_is_finished(tmp_path):
     code, said = go(tmp_path, steps=steps, limit=2)
     assert (code, steps.prepared) == (0, [])
     assert "16 cells are left" in said
-    code, _ = go(tmp_path, steps=steps, time=False)
+    code, _ = go(tmp_path, steps=steps, no_time=True)
     assert (code, steps.prepared) == (0, [])
 
 
@@ -198,7 +199,7 @@ def test_the_command_ends_with_what_happened(monkeypatch, capsys, tmp_path):
     for reason, code in ((0, 0), (1, 1), (KeyboardInterrupt(), 130)):
 
         def stand_in(request, say, reason=reason):
-            assert (request.name, request.jobs, request.time) == ("glue", 2, False)
+            assert (request.name, request.jobs, request.no_time) == ("glue", 2, True)
             assert request.command == "velora bench glue --jobs 2 --no-time"
             if isinstance(reason, BaseException):
                 raise reason

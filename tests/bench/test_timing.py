@@ -57,8 +57,10 @@ def times(clock):
     )
 
 
-def test_steps_are_interleaved_after_a_round_to_warm_up(times, clock):
-    assert clock.steps == list(SECONDS) * 4
+def test_steps_are_interleaved_and_take_turns_in_being_first(times, clock):
+    a, b, c = SECONDS
+    warm_up = [a, b, c]
+    assert clock.steps == [*warm_up, a, b, c, b, c, a, c, a, b]
 
 
 def test_median_spread_and_ratio_leave_the_warm_up_out(times):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,37 +14,22 @@ from velora_torch.bench import timing
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.grid import Bench, Cell, Finished, Row, cells, changes, newest
 from velora_torch.bench.preflight import check_grid
+from velora_torch.bench.request import (
+    JOBS,
+    SEEDS,
+    SPEED,
+    BenchError,
+    Request,
+    check_options,
+    chosen_names,
+    unknown,
+)
 from velora_torch.bench.runner import FAILURES, RunCell, Runner, read_rows
 from velora_torch.bench.store import alone
 from velora_torch.bench.table import markdown, summarise
 
 Say = Callable[[str], None]
 ROWS, TIMES, TABLE, PLOT = "rows.jsonl", "times.jsonl", "table.md", "accuracy_memory"
-
-
-@dataclass
-class Request:
-    """What a user asks of `velora bench`."""
-
-    name: str
-    output: Path | None = None
-    """None: runs/bench/NAME."""
-    scale: str = "local"
-    tasks: str | None = None
-    """Names with commas between them; None: all."""
-    variants: str | None = None
-    seeds: int = 3
-    jobs: int = 1
-    limit: int | None = None
-    """Cells to run in this call."""
-    list_only: bool = False
-    table_only: bool = False
-    time: bool = True
-    command: str = ""
-
-
-class BenchError(ValueError):
-    """A bench can't be run as asked."""
 
 
 def bench(
@@ -69,9 +53,13 @@ def bench(
         BenchError: unknown names, missing packages or data; nothing has been run.
         KeyboardInterrupt: Ctrl-C; finished cells are kept, and the table shows them.
     """
+    if request.name == SPEED:
+        from velora_torch.bench.speed.command import speed
+
+        return speed(request, say)
     chosen = select(request)
-    output = request.output or Path("runs/bench") / request.name
-    grid = cells(chosen.bench, request.scale, chosen.tasks, chosen.variants, request.seeds)
+    output, seeds = request.folder, request.seeds or SEEDS
+    grid = cells(chosen.bench, request.scale, chosen.tasks, chosen.variants, seeds)
     if request.list_only:
         _list(grid, output / ROWS, say)
         return 0
@@ -84,12 +72,12 @@ def bench(
             run_cell = partial(
                 cell_room.run_cell, command=request.command, scratch=Path(scratch).resolve()
             )
-        runner = Runner(output / ROWS, run_cell, say, request.jobs)
+        runner = Runner(output / ROWS, run_cell, say, request.jobs or JOBS)
         _say_stale(runner, grid, say)
         try:
             outcome = runner.run(grid, request.limit)
             failed = bool(outcome.failed)
-            if request.time and not outcome.left:
+            if not request.no_time and not outcome.left:
                 failed |= not _time(request, chosen, grid, output, make_step, say)
         except KeyboardInterrupt:
             say("interrupted: finished cells are kept; the same command goes on")
@@ -120,34 +108,13 @@ def select(request: Request) -> Selected:
     """
     found = BENCHES.get(request.name)
     if found is None:
-        raise BenchError(_unknown("bench", request.name, list(BENCHES)))
+        raise BenchError(unknown("bench", request.name, [*BENCHES, SPEED]))
     if request.scale not in found.scales:
-        raise BenchError(_unknown("scale", request.scale, list(found.scales)))
-    for name in ("seeds", "jobs", "limit"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise BenchError(f"--{name} must be at least 1, not {value}")
-    tasks = _names("task", request.tasks, list(found.scales[request.scale].tasks))
-    variants = _names("variant", request.variants, [v.name for v in found.variants])
+        raise BenchError(unknown("scale", request.scale, list(found.scales)))
+    check_options(request)
+    tasks = chosen_names("task", request.tasks, list(found.scales[request.scale].tasks))
+    variants = chosen_names("variant", request.variants, [v.name for v in found.variants])
     return Selected(found, tasks, variants)
-
-
-def _names(kind: str, given: str | None, known: Sequence[str]) -> list[str]:
-    if given is None:
-        return list(known)
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise BenchError(_unknown(kind, name, known))
-    if not names:
-        raise BenchError(f"--{kind}s is empty; there are: {', '.join(known)}")
-    return [name for name in known if name in names]
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 2, 0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"no {kind} {name!r}; {hint}there are: {', '.join(known)}"
 
 
 def _say_stale(runner: Runner, grid: Sequence[Cell], say: Say) -> None:

@@ -143,7 +143,12 @@ def fingerprint(recipe: Mapping[str, Any]) -> str:
     """
     train = {key: value for key, value in recipe["train"].items() if key != "output"}
     said = _set({**recipe, "train": train})
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+    return digest(said)
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -57,11 +57,16 @@ def draw(summary: Summary, path: Path) -> bool:
         axes.margins(x=0.14, y=0.16)
         _explain_colours(axes)
         place_labels(figure, axes, points)
-        for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, facecolor="white", **settings)
-            write_whole(path.with_suffix(f".{suffix}"), buffer.getvalue())
+        write_figure(figure, path)
     return True
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write `path`.svg and `path`.png, each whole or not at all."""
+    for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, facecolor="white", **settings)
+        write_whole(path.with_suffix(f".{suffix}"), buffer.getvalue())
 
 
 def _is_whole(line: Line) -> bool:

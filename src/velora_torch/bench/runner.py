@@ -165,7 +165,12 @@ def attempt(run_cell: RunCell, cell: Cell) -> Row | str:
     try:
         return run_cell(cell)
     except FAILURES as error:
-        return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
 
 
 def threads_for(jobs: int) -> int:

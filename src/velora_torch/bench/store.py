@@ -5,13 +5,16 @@ One process at a time writes into a folder of them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+RecordT = TypeVar("RecordT")
 
 
 @contextmanager
@@ -89,6 +92,26 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(document, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object; remove the line")
         yield document
+
+
+def read_records(path: Path, kind: type[RecordT], what: str) -> list[RecordT]:
+    """The lines of a file as dataclasses, in their order.
+
+    Args:
+        path: the file.
+        kind: a dataclass whose fields are exactly those of each line.
+        what: what a line is, for the message.
+
+    Raises:
+        ValueError: a line has other fields.
+    """
+    fields = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    records: list[RecordT] = []
+    for number, document in enumerate(read_lines(path), 1):
+        if document.keys() != fields:
+            raise ValueError(f"{path}: line {number} is not {what}; remove it")
+        records.append(kind(**document))
+    return records
 
 
 def _whole_lines(file: int) -> int:

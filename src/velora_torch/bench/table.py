@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from velora_torch.bench.grid import Bench, Row
@@ -18,6 +18,7 @@ from velora_torch.bench.statistics import (
     verdict,
 )
 from velora_torch.bench.timing import StepTime, newest_with
+from velora_torch.bench.writing import MISSING, markdown_grid, origin
 from velora_torch.report.quantities import (
     format_bytes,
     format_count,
@@ -25,8 +26,6 @@ from velora_torch.report.quantities import (
     format_seconds,
     ratio_of,
 )
-
-MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def markdown(summary: Summary, plot: str | None = None) -> str:
         parts += ["## With VeLoRA and without", _pairs_story(), _pairs_table(summary)]
     if plot is not None:
         parts += ["## Accuracy against memory", f"![accuracy against memory]({plot})"]
-    parts.append(origin(summary.rows))
+    parts.append(origin(summary.rows, sum(row.seconds for row in summary.rows)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -178,7 +177,7 @@ def _main_table(summary: Summary) -> str:
         if perplexity:
             cells.append(format_estimate(line.perplexity, 1.0, 2))
         body.append(cells)
-    return grid(header, body)
+    return markdown_grid(header, body)
 
 
 def _pairs_table(summary: Summary) -> str:
@@ -195,7 +194,7 @@ def _pairs_table(summary: Summary) -> str:
         ]
         for pair in summary.pairs
     ]
-    return grid(header, body)
+    return markdown_grid(header, body)
 
 
 def _story(summary: Summary) -> str:
@@ -223,34 +222,6 @@ def _pairs_story() -> str:
         "The difference of the averages in points, paired by task and seed, ± its standard error "
         "over seeds; memory and time as ratios."
     )
-
-
-def origin(rows: Sequence[Row]) -> str:
-    """Command, machine and versions of the newest row, or of each kind of machine."""
-    if not rows:
-        return ""
-    newest = max(rows, key=lambda row: row.date)
-    machines = dict.fromkeys(_machine(row) for row in rows)
-    versions = ", ".join(
-        f"{name} {newest.versions[name]}"
-        for name in ("velora_torch", "torch", "transformers", "peft", "bitsandbytes")
-        if name in newest.versions
-    )
-    first = min(row.date for row in rows)[:10]
-    hours = sum(row.seconds for row in rows)
-    return (
-        f"Command: `{newest.command}`, {first} to {newest.date[:10]}, "
-        f"{format_seconds(hours)} in all. Machine: {'; '.join(machines)}. {versions}."
-    )
-
-
-def _machine(row: Row) -> str:
-    about = row.machine
-    if not about:
-        return "unknown"
-    device = about.get("device", "cpu")
-    where = f"{about.get('cpu')}, {about.get('cores')} cores"
-    return where if device == "cpu" else f"{device} ({where})"
 
 
 def _mean_over(
@@ -289,9 +260,3 @@ def _step(step: StepTime | None) -> str:
 def _signed(gap: Estimate | None) -> str:
     shown = format_estimate(gap, digits=2)
     return f"+{shown}" if gap is not None and gap.mean >= 0 else shown
-
-
-def grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

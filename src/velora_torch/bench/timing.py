@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from velora_torch.bench.cell import recipe_of
 from velora_torch.bench.grid import Cell
-from velora_torch.bench.store import append_line, read_lines
-from velora_torch.report.environment import machine_info, version_info
+from velora_torch.bench.interleave import Clock, Step, interleave, spread
+from velora_torch.bench.store import append_line, read_records
+from velora_torch.bench.surroundings import surroundings
 
 if TYPE_CHECKING:
     from velora_torch.training.schema import Recipe
 
 Say = Callable[[str], None]
-Step = Callable[[], None]
 ROUNDS = 7
 
 
@@ -42,7 +40,7 @@ class StepTime:
     high: float
     rounds: int
     ratio: float
-    """To the session's first variant."""
+    """Of the medians, to the session's first variant."""
     threads: int
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -55,9 +53,9 @@ def time_variants(
     say: Say,
     command: str = "",
     rounds: int = ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> list[StepTime]:
-    """Time a step of each cell in turn, A B C ... A B C ..., after a round to warm up.
+    """Time a step of each cell in turn, after a round to warm up; see :func:`interleave`.
 
     Args:
         cells: one cell for each variant, of one task.
@@ -67,24 +65,12 @@ def time_variants(
         rounds: timed steps of each variant.
         clock: seconds since whenever.
     """
-    import torch
-
     steps = []
     for cell in cells:
         say(f"timing: preparing {cell.variant} on {cell.task}")
         steps.append(make_step(cell))
-    for step in steps:
-        step()
-    taken: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, seconds in zip(steps, taken, strict=True):
-            start = clock()
-            step()
-            seconds.append(clock() - start)
-    first = statistics.median(taken[0])
-    session = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine, versions = dataclasses.asdict(machine_info(device)), version_info()
+    taken = [spread(seconds) for seconds in interleave(steps, rounds, clock=clock)]
+    around = surroundings()
     return [
         StepTime(
             cell.bench,
@@ -92,16 +78,13 @@ def time_variants(
             cell.task,
             cell.variant,
             cell.fingerprint,
-            session,
-            median=(median := statistics.median(seconds)),
-            low=min(seconds),
-            high=max(seconds),
+            median=seconds.median,
+            low=seconds.low,
+            high=seconds.high,
             rounds=rounds,
-            ratio=median / first,
-            threads=torch.get_num_threads(),
-            machine=machine,
-            versions=versions,
+            ratio=seconds.median / taken[0].median,
             command=command,
+            **around,
         )
         for cell, seconds in zip(cells, taken, strict=True)
     ]
@@ -153,13 +136,7 @@ def read_times(path: Path) -> list[StepTime]:
     Raises:
         ValueError: a line is not a time.
     """
-    fields = {item.name for item in dataclasses.fields(StepTime)}
-    times = []
-    for number, document in enumerate(read_lines(path), 1):
-        if document.keys() != fields:
-            raise ValueError(f"{path}: line {number} is not the time of a step; remove it")
-        times.append(StepTime(**document))
-    return times
+    return read_records(path, StepTime, "the time of a step")
 
 
 def current(times: Sequence[StepTime], grid: Sequence[Cell]) -> list[StepTime]:
@@ -168,9 +145,19 @@ def current(times: Sequence[StepTime], grid: Sequence[Cell]) -> list[StepTime]:
     return [one for one in times if (one.scale, one.task, one.variant, one.fingerprint) in known]
 
 
-def newest_with(times: Sequence[StepTime], variants: Sequence[str]) -> dict[str, StepTime]:
+class OfSession(Protocol):
+    """A time, as far as its session goes."""
+
+    session: str
+    variant: str
+
+
+TimeT = TypeVar("TimeT", bound=OfSession)
+
+
+def newest_with(times: Sequence[TimeT], variants: Sequence[str]) -> dict[str, TimeT]:
     """The times of some variants in the newest session that has timed all of them; else {}."""
-    sessions: dict[str, dict[str, StepTime]] = {}
+    sessions: dict[str, dict[str, TimeT]] = {}
     for one in times:
         sessions.setdefault(one.session, {})[one.variant] = one
     for session in sorted(sessions, reverse=True):

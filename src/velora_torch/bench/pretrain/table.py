@@ -9,8 +9,9 @@ from pathlib import Path
 
 from velora_torch.bench.grid import Finished, Row, Variant
 from velora_torch.bench.statistics import Estimate, estimate
-from velora_torch.bench.table import MISSING, format_estimate, grid, origin
+from velora_torch.bench.table import format_estimate
 from velora_torch.bench.timing import StepTime, newest_with
+from velora_torch.bench.writing import MISSING, markdown_grid, origin
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
 
 CATEGORIES = {
@@ -93,7 +94,7 @@ def report(finished: Finished, output: Path) -> str:
         parts += [f"## {task}, {own.details['tokens']:,} tokens", _table(lines)]
         for name, words in draw(lines, task, output).items():
             parts.append(f"![{words}]({name})")
-    parts.append(origin(finished.rows))
+    parts.append(origin(finished.rows, sum(row.seconds for row in finished.rows)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,7 +119,7 @@ def _table(lines: Sequence[Line]) -> str:
             cells.append(f"{line.tokens_per_second:,.0f}")
             cells.append(format_ratio(line.step.median / first.median) if first else MISSING)
         body.append(cells)
-    return grid(header, body)
+    return markdown_grid(header, body)
 
 
 def _relative(own: Sequence[Row], base: Sequence[Row]) -> Estimate | None:

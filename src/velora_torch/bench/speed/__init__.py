@@ -1,0 +1,1 @@
+"""How long a training step takes: layers, models, and the parts of a compressed layer."""

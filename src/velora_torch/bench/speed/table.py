@@ -1,0 +1,182 @@
+"""table.md: goals, models, layers, and the parts of a layer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from velora_torch.bench.interleave import Spread
+from velora_torch.bench.speed.cases import Case
+from velora_torch.bench.speed.goals import GOALS
+from velora_torch.bench.speed.rows import SpeedRow, current
+from velora_torch.bench.speed.variants import PARTS, Part, variants_of
+from velora_torch.bench.writing import MISSING, markdown_grid, origin
+from velora_torch.report.quantities import format_ratio, format_seconds
+
+Found = Mapping[str, list[SpeedRow]]
+"""Current rows by case, cases in their order."""
+
+STORY = (
+    "A step is forward and backward pass, fused AdamW and `zero_grad`, always on the same batch; "
+    "weights, activations and optimizer states have the type of the case, coefficients float32. "
+    "All variants of a case take turns, and another one is the first in each round. A time is the "
+    "median over the rounds (fastest to slowest), a ratio the median over the rounds of the ratio "
+    "to the case's first variant in the same round (its quartiles). FLOPs are those of matrix "
+    "products, convolutions and attention."
+)
+
+
+def found_rows(rows: Sequence[SpeedRow], cases: Sequence[Case]) -> dict[str, list[SpeedRow]]:
+    """Today's rows of the cases that have any."""
+    by_case = {case.name: current(rows, case) for case in cases}
+    return {name: own for name, own in by_case.items() if own}
+
+
+def newest(rows: Sequence[SpeedRow]) -> dict[str, SpeedRow]:
+    """The newest row of each variant of a case."""
+    return {row.variant: row for row in sorted(rows, key=lambda row: row.session)}
+
+
+def markdown(found: Found, cases: Sequence[Case], plot: str | None = None) -> str:
+    """The whole table.md.
+
+    Args:
+        found: what :func:`found_rows` gives.
+        cases: all cases.
+        plot: file name of the plot to show, if there is one.
+    """
+    own = [case for case in cases if case.name in found]
+    rows = [row for case in own for row in newest(found[case.name]).values()]
+    parts = ["# How long a training step takes", STORY]
+    parts += _goals(found)
+    if plot is not None:
+        parts += [f"![time of a step over the first variant's]({plot})"]
+    for case in own:
+        if case.level == "model":
+            parts += [f"## {case.name}: {case.about}", _model_table(case, found[case.name])]
+    for method, title in (("full", "Single layers"), ("lora", "Single layers with LoRA")):
+        layers = [case for case in own if (case.level, case.method) == ("layer", method)]
+        if layers:
+            parts += [f"## {title}", LAYER_STORY, _layer_table(layers, found)]
+    split = [case for case in own if case.level == "parts"]
+    if split:
+        parts += ["## Where the time of a layer goes", PARTS_STORY, _parts_table(split, found)]
+    parts.append(origin(rows, sum(sum(row.seconds) for row in rows)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def format_spread(ratio: Spread) -> str:
+    """A ratio and its quartiles: "0.77× (0.76 to 0.78)"."""
+    low, high = ratio.lower_quartile, ratio.upper_quartile
+    return f"{format_ratio(ratio.median)} ({low:.2f} to {high:.2f})"
+
+
+def _goals(found: Found) -> list[str]:
+    body = []
+    for goal in GOALS:
+        measured = goal.measured(found)
+        if measured is not None:
+            verdict = "yes" if measured.median <= goal.most else "no"
+            goal_words = f"{goal.case}: {goal.variant} / {goal.base}"
+            body.append([goal_words, format_ratio(goal.most), format_spread(measured), verdict])
+    if not body:
+        return []
+    table = markdown_grid(["time of a step", "at most", "measured", "met"], body)
+    return ["## Goals", "Meant for two CPU cores, and bfloat16.", table]
+
+
+def _model_table(case: Case, rows: Sequence[SpeedRow]) -> str:
+    by_variant = newest(rows)
+    first = variants_of(case)[0]
+    header = ["variant", "step", "fastest to slowest", f"over {first.label}", "quartiles"]
+    header += ["FLOPs", f"over {first.label}"]
+    body = []
+    for variant in variants_of(case):
+        row = by_variant.get(variant.name)
+        if row is not None:
+            body.append(
+                [
+                    variant.label,
+                    format_seconds(row.median),
+                    f"{format_seconds(row.low)} to {format_seconds(row.high)}",
+                    format_ratio(row.ratio),
+                    f"{row.ratio_lower:.2f} to {row.ratio_upper:.2f}",
+                    format_flops(row.flops),
+                    format_ratio(row.flops_ratio),
+                ]
+            )
+    return markdown_grid(header, body)
+
+
+LAYER_STORY = (
+    "Median time of the first variant; for the others the ratio of the times, and behind the "
+    "stroke that of the FLOPs."
+)
+
+
+def _layer_table(cases: Sequence[Case], found: Found) -> str:
+    by_case = {case.name: newest(found[case.name]) for case in cases}
+    first, *others = [
+        variant
+        for variant in variants_of(cases[0])
+        if any(variant.name in rows for rows in by_case.values())
+    ]
+    body = []
+    for case in cases:
+        rows = by_case[case.name]
+        line = [case.about, format_seconds(rows[first.name].median)]
+        for variant in others:
+            row = rows.get(variant.name)
+            shown = MISSING
+            if row is not None:
+                shown = f"{format_ratio(row.ratio)} / {format_ratio(row.flops_ratio)}"
+            line.append(shown)
+        body.append(line)
+    return markdown_grid(["layer", first.label, *(variant.label for variant in others)], body)
+
+
+PARTS_STORY = (
+    "Each part is timed by itself, in turn with the whole step: its median, and its share of the "
+    "whole step of the compressed layer. What is left of the step is autograd's and the hooks'."
+)
+
+
+def _parts_table(cases: Sequence[Case], found: Found) -> str:
+    by_case = {case.name: newest(found[case.name]) for case in cases}
+    body = []
+    for part in PARTS:
+        line = [f"{part.label} ({part.when})" if part.when else part.label]
+        for case in cases:
+            row = by_case[case.name].get(part.name)
+            line.append(MISSING if row is None else _share(row.median, row.ratio))
+        body.append(line)
+        if part is _LAST_OWN:
+            rest = [_rest(by_case[case.name]) for case in cases]
+            body.append(["rest of the compressed layer's step", *rest])
+    return markdown_grid(["part", *(case.about for case in cases)], body)
+
+
+_LAST_OWN: Part = [part for part in PARTS if part.side == "ours"][-1]
+
+
+def _rest(rows: Mapping[str, SpeedRow]) -> str:
+    """What the parts leave of the compressed layer's step; a dash where one is missing."""
+    parts = [part.name for part in PARTS if part.side == "ours"]
+    if not all(name in rows for name in parts):
+        return MISSING
+    whole, *inside = [rows[name].median for name in parts]
+    rest = whole - sum(inside)
+    shown = _share(abs(rest), abs(rest) / whole)
+    return f"less than none: {shown}" if rest < 0 else shown
+
+
+def _share(seconds: float, share: float) -> str:
+    return f"{format_seconds(seconds)}, {100 * share:.1f}%"
+
+
+def format_flops(flops: float) -> str:
+    """2.5e11 -> "250 G", 1.2e12 -> "1.20 T"."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if flops >= size:
+            value = flops / size
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+    return f"{flops:.0f}"

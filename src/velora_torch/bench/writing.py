@@ -1,0 +1,63 @@
+"""Pieces that the tables of all benches are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from velora_torch.report.quantities import format_seconds
+
+MISSING = "-"
+
+
+def markdown_grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are numbers."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+class Measured(Protocol):
+    """A row, as far as its origin goes."""
+
+    @property
+    def date(self) -> str:
+        """When it was measured, in ISO format."""
+
+    @property
+    def command(self) -> str:
+        """What the user typed."""
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """As `machine_info` tells it."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """As `version_info` tells it."""
+
+
+def origin(rows: Sequence[Measured], seconds: float) -> str:
+    """Command and versions of the newest row, each kind of machine, and the time of all."""
+    if not rows:
+        return ""
+    newest = max(rows, key=lambda row: row.date)
+    machines = dict.fromkeys(_machine(row) for row in rows)
+    versions = ", ".join(
+        f"{name} {newest.versions[name]}"
+        for name in ("velora_torch", "torch", "transformers", "peft", "bitsandbytes")
+        if name in newest.versions
+    )
+    first = min(row.date for row in rows)[:10]
+    return (
+        f"Command: `{newest.command}`, {first} to {newest.date[:10]}, "
+        f"{format_seconds(seconds)} in all. Machine: {'; '.join(machines)}. {versions}."
+    )
+
+
+def _machine(row: Measured) -> str:
+    about = row.machine
+    if not about:
+        return "unknown"
+    device = about.get("device", "cpu")
+    where = f"{about.get('cpu')}, {about.get('cores')} cores"
+    return where if device == "cpu" else f"{device} ({where})"
