@@ -56,7 +56,6 @@ def _random(size: int, **more: Any) -> dict[str, Any]:
 LORA_SETTINGS = {
     "without VeLoRA": Setting(None),
     "average, M=16": Setting({"sub_token_size": 16}),
-    "average, M=4": Setting({"sub_token_size": 4}),
     "average per group, M=16": Setting({"sub_token_size": 16, "vectors": "per_group"}),
     "average, M=16, dense gradient": Setting({"sub_token_size": 16, "gradient": "dense"}),
     "svd per group, M=16": Setting({"sub_token_size": 16, "init": "svd", "vectors": "per_group"}),
@@ -108,10 +107,8 @@ COEFFICIENT_SETTINGS = {
     ),
 }
 STUDIES = {
-    "full-vision": Study(
-        "vtab", ("mnist-5k", "animals", "count", "orientation"), "full+velora", FULL_SETTINGS
-    ),
-    "lora-text": Study("glue", ("trec-50", "vader-polarity"), "lora+velora", LORA_SETTINGS),
+    "full-vision": Study("vtab", ("mnist-5k", "count"), "full+velora", FULL_SETTINGS),
+    "lora-text": Study("glue", ("trec-50",), "lora+velora", LORA_SETTINGS),
     "lora-vision": Study("vtab", ("count", "orientation"), "lora+velora-random", LORA_SETTINGS),
     "qlora": Study("alpaca", ("trec-50",), "qlora+velora", QLORA_SETTINGS),
     "coefficients": Study("alpaca", ("trec-50",), "coefficients-nf4", COEFFICIENT_SETTINGS),
