@@ -38,6 +38,8 @@ class Setting:
     """Settings of VeLoRA, or none of it."""
     rate: float = 1.0
     """The learning rate, as a multiple of the bench's."""
+    coefficients: float = 1.0
+    """The learning rate of the coefficients alone, as a multiple of that of all others."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ def _random(size: int, **more: Any) -> dict[str, Any]:
 LORA_SETTINGS = {
     "without VeLoRA": Setting(None),
     "average, M=16": Setting({"sub_token_size": 16}),
-    "average, M=4": Setting({"sub_token_size": 4}),
     "average per group, M=16": Setting({"sub_token_size": 16, "vectors": "per_group"}),
     "average, M=16, dense gradient": Setting({"sub_token_size": 16, "gradient": "dense"}),
     "svd per group, M=16": Setting({"sub_token_size": 16, "init": "svd", "vectors": "per_group"}),
@@ -83,6 +84,18 @@ FULL_SETTINGS = {
     "all: the same, four times the rate": Setting(
         {**ALL_LINEAR, **_random(8, refresh_every=10)}, rate=4.0
     ),
+    "all: the same, four times the rate for the coefficients": Setting(
+        {**ALL_LINEAR, **_random(8, refresh_every=10)}, coefficients=4.0
+    ),
+    "all: the same, 16 times the rate for the coefficients": Setting(
+        {**ALL_LINEAR, **_random(8, refresh_every=10)}, coefficients=16.0
+    ),
+    "value, down: average, M=32, four times the rate for the coefficients": Setting(
+        {"sub_token_size": 32}, coefficients=4.0
+    ),
+    "value, down: random per group, M=8, four times the rate for the coefficients": Setting(
+        _random(8), coefficients=4.0
+    ),
 }
 SSF_SETTINGS = {
     "without VeLoRA": Setting(None),
@@ -102,16 +115,13 @@ COEFFICIENT_SETTINGS = {
     "LoRA, without VeLoRA": Setting(None),
     "average, G=32": Setting({"num_groups": 32}),
     "average, G=32, a third of the rate": Setting({"num_groups": 32}, rate=1 / 3),
-    "random per group, G=32": Setting({"num_groups": 32, "init": "random", "vectors": "per_group"}),
     "random per group, G=32, a third of the rate": Setting(
         {"num_groups": 32, "init": "random", "vectors": "per_group"}, rate=1 / 3
     ),
 }
 STUDIES = {
-    "full-vision": Study(
-        "vtab", ("mnist-5k", "animals", "count", "orientation"), "full+velora", FULL_SETTINGS
-    ),
-    "lora-text": Study("glue", ("trec-50", "vader-polarity"), "lora+velora", LORA_SETTINGS),
+    "full-vision": Study("vtab", ("mnist-5k", "count"), "full+velora", FULL_SETTINGS),
+    "lora-text": Study("glue", ("trec-50",), "lora+velora", LORA_SETTINGS),
     "lora-vision": Study("vtab", ("count", "orientation"), "lora+velora-random", LORA_SETTINGS),
     "qlora": Study("alpaca", ("trec-50",), "qlora+velora", QLORA_SETTINGS),
     "coefficients": Study("alpaca", ("trec-50",), "coefficients-nf4", COEFFICIENT_SETTINGS),
@@ -152,6 +162,8 @@ def recipe(cell: Cell, output: str = "unused") -> Recipe:
         velora = {**kept, "seed": cell.seed, **velora}
     train = {**made["train"], "output": output}
     train["learning_rate"] *= setting.rate
+    if setting.coefficients != 1:
+        train["coefficient_learning_rate"] = setting.coefficients * train["learning_rate"]
     return Recipe.model_validate({**made, "velora": velora, "train": train})
 
 

@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from velora_torch import VeloraConfig
+from velora_torch.config import RECOMMENDED
 
 from .readable import as_id
 
@@ -166,3 +167,18 @@ class _Chooser:
 def test_to_dict_does_not_copy_what_a_function_holds() -> None:
     config = VeloraConfig(targets=_Chooser(nn.Linear(2, 2)))
     assert config.to_dict()["targets"] == "<function targets>"
+
+
+@pytest.mark.parametrize("purpose", list(RECOMMENDED))
+def test_recommended_settings_are_one_word_and_can_be_changed(purpose: Any) -> None:
+    config = VeloraConfig.recommended(purpose)
+    for name, value in RECOMMENDED[purpose].items():
+        found = getattr(config, name)
+        assert (list(found) if isinstance(found, tuple) else found) == value
+    changed = VeloraConfig.recommended(purpose, num_groups=5, seed=3)
+    assert (changed.num_groups, changed.sub_token_size, changed.seed) == (5, None, 3)
+
+
+def test_an_unknown_purpose_is_told() -> None:
+    with pytest.raises(ValueError, match=r"unknown purpose 'lra' \(did you mean 'lora'\?\)"):
+        VeloraConfig.recommended("lra")  # type: ignore[arg-type]

@@ -14,9 +14,28 @@ Init = Literal["average", "running_average", "batch_average", "random", "svd"]
 Vectors = Literal["shared", "per_group"]
 Gradient = Literal["factored", "dense"]
 Rounding = Literal["stochastic", "nearest"]
+Purpose = Literal["lora", "full"]
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 DEFAULT_NUM_GROUPS = 32
+
+RECOMMENDED: dict[Purpose, dict[str, Any]] = {
+    "lora": {
+        "targets": ["lora_A"],
+        "sub_token_size": 4,
+        "init": "random",
+        "vectors": "per_group",
+    },
+    "full": {
+        "targets": "all-linear",
+        "sub_token_size": 8,
+        "init": "random",
+        "vectors": "per_group",
+        "refresh_every": 50,
+        "track_delta": False,
+    },
+}
+"""What measured best for a purpose, docs/results/fine-tuning.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +100,24 @@ class VeloraConfig:
     """Give coefficients to targeted layers whose weight is frozen or quantised too: the base stays
     as it is, and the coefficients train on top of it, pending (needs ``fold_every=None``).
     ``False`` leaves such layers alone, so that on a quantised base only adapters are compressed."""
+
+    @classmethod
+    def recommended(cls, purpose: Purpose, **changes: Any) -> VeloraConfig:
+        """The settings that measured best for a purpose (docs/results/fine-tuning.md).
+
+        Args:
+            purpose: ``"lora"``, the adapters of PEFT's LoRA, on a quantised base or not;
+                ``"full"``, full-parameter fine-tuning.
+            changes: fields to set otherwise; ``num_groups`` replaces ``sub_token_size``.
+
+        Raises:
+            ValueError: an unknown purpose, or settings that contradict each other.
+        """
+        check_choice("purpose", purpose, get_args(Purpose))
+        settings = dict(RECOMMENDED[purpose])
+        if changes.get("num_groups") is not None:
+            del settings["sub_token_size"]
+        return cls(**settings | changes)
 
     def __post_init__(self) -> None:
         check_choice("init", self.init, get_args(Init))

@@ -167,3 +167,26 @@ def test_a_head_may_have_a_rate_of_its_own(method, places, tmp_path):
         by_rate[group["lr"]] |= {id(p) for p in group["params"]}
     assert by_rate[0.5] == head & trained
     assert by_rate[recipe["train"]["learning_rate"]] == trained - head
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_coefficients_may_have_a_rate_of_their_own(method, places, tmp_path):
+    recipe = recipe_for(method, "image-classification", places, tmp_path / "run")
+    recipe["train"] |= {"coefficient_learning_rate": 0.5, "head_learning_rate": 0.25}
+    assembled = assemble(Recipe.model_validate(recipe), lambda line: None)
+    groups = assembled.make_optimizer().param_groups
+    named = dict(assembled.model.named_parameters())
+    coefficients = {id(p) for n, p in named.items() if n.endswith(".coef")}
+    assert coefficients
+    fast = {id(p) for group in groups if group["lr"] == 0.5 for p in group["params"]}
+    assert fast == coefficients
+    everything = [id(p) for group in groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in named.values() if p.requires_grad)
+
+
+@pytest.mark.parametrize("velora", [None, {"gradient": "dense"}])
+def test_a_rate_for_coefficients_that_are_not_there_is_refused(velora, places, tmp_path):
+    recipe = recipe_for("full", "image-classification", places, tmp_path / "run")
+    recipe["train"] |= {"coefficient_learning_rate": 0.5}
+    with pytest.raises(ValueError, match="has no effect with"):
+        Recipe.model_validate({**recipe, "velora": velora})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from velora_torch import VeloraConfig
+from velora_torch.config import RECOMMENDED
 from velora_torch.training.recipe import (
     Recipe,
     RecipeError,
@@ -62,9 +63,23 @@ def test_velora_is_on_by_default_and_null_turns_it_off(write):
 
 def test_the_velora_section_mirrors_the_config():
     ours = {name: info.default for name, info in VeloraSection.model_fields.items()}
+    del ours["recommended"]  # stands for others
     theirs = {f.name: f.default for f in fields(VeloraConfig)}
     assert ours == theirs
     VeloraConfig(**VeloraSection(num_groups={"v_proj": 4}, fold_every=None).to_kwargs())
+
+
+@pytest.mark.parametrize("purpose", list(RECOMMENDED))
+def test_recommended_settings_take_the_place_of_defaults(write, tmp_path, purpose):
+    plain = write(SMALL.replace("num_groups: 8", f"recommended: {purpose}"))
+    config = VeloraConfig(**load_recipe(plain).velora.to_kwargs())
+    assert config == VeloraConfig.recommended(purpose)
+    changed = load_recipe(plain, ["velora.num_groups=5", "velora.init=svd"])
+    expected = VeloraConfig.recommended(purpose, num_groups=5, init="svd")
+    assert VeloraConfig(**changed.velora.to_kwargs()) == expected
+    again = tmp_path / "again.yaml"  # as a run writes it
+    again.write_text(recipe_to_yaml(changed))
+    assert VeloraConfig(**load_recipe(again).velora.to_kwargs()) == expected
 
 
 def test_methods_bring_their_sections(write):

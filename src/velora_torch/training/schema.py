@@ -228,6 +228,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _coefficients_and_their_rate(self) -> Self:
+        if self.train.coefficient_learning_rate is not None and self.velora is None:
+            fail("train.coefficient_learning_rate", "has no effect without velora, which is null")
+        if (
+            self.train.coefficient_learning_rate is not None
+            and self.velora is not None
+            and self.velora.gradient == "dense"
+        ):
+            fail(
+                "train.coefficient_learning_rate",
+                "has no effect with velora.gradient: dense, which has no coefficients",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _settings_fit(self) -> Self:
         if self.compare is not None and self.velora is None:
             fail("compare", "compares plain steps with VeLoRA steps, but velora is null")

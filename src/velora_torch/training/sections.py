@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from velora_torch.config import RECOMMENDED, Purpose
+
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Targets = str | Annotated[list[str], Field(min_length=1)]
@@ -49,6 +51,8 @@ def parse_count(text: str) -> int:
 class VeloraSection(Section):
     """What is compressed, and how: the fields of `velora_torch.VeloraConfig`."""
 
+    recommended: Purpose | None = None
+    """Settings that measured best for a purpose, in place of defaults; other keys change them."""
     targets: Targets = "all-linear"
     """"all-linear", a list of layer names, or a regular expression over full names."""
     num_groups: Positive | dict[str, Positive] | None = None
@@ -89,6 +93,15 @@ class VeloraSection(Section):
         return targets
 
     @model_validator(mode="after")
+    def _recommended(self) -> Self:
+        if self.recommended is not None:
+            for name, value in RECOMMENDED[self.recommended].items():
+                sized = name == "sub_token_size" and self.num_groups is not None
+                if name not in self.model_fields_set and not sized:
+                    setattr(self, name, value)
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_group(self) -> Self:
         if self.num_groups is not None and self.sub_token_size is not None:
             fail("velora.sub_token_size", "set num_groups or sub_token_size, not both")
@@ -96,7 +109,7 @@ class VeloraSection(Section):
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return the settings that were given, as keyword arguments for `VeloraConfig`."""
-        given = self.model_dump(include=self.model_fields_set)
+        given = self.model_dump(include=self.model_fields_set, exclude={"recommended"})
         unset = ("num_groups", "sub_token_size")  # null means "not given" for these two
         return {k: v for k, v in given.items() if not (k in unset and v is None)}
 
@@ -269,6 +282,8 @@ class TrainSection(Section):
     """Highest learning rate of the schedule."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """That of the head which a task adds, new and random; null: the same."""
+    coefficient_learning_rate: float | None = Field(default=None, gt=0)
+    """That of VeLoRA's coefficients (factored gradients); null: the same."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up."""
     warmup: Natural | Annotated[float, Field(ge=0, lt=1)] = 0

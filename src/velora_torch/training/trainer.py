@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from velora_torch.memory.count import (
     unique_bytes,
     weight_tensors,
 )
+from velora_torch.model import compressed_layers
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
@@ -55,15 +56,24 @@ class RecordingMixin(VeloraTrainerMixin):
     head_rate: float | None = None
     """Learning rate of the layers named in `head`, where it differs."""
     head: tuple[str, ...] = ()
+    coefficient_rate: float | None = None
+    """Learning rate of the compressed layers' coefficients, where it differs."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, with parameter groups for the head where its rate differs."""
+        """The trainer's own, with parameter groups for what has a rate of its own."""
         if self.own_optimizer is not None and self.optimizer is None:
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if self.head_rate is not None:
-            _give_head_its_rate(optimizer, self.model, self.head, self.head_rate)
+            # PEFT puts a prefix before the names.
+            names = [n for n, _ in self.model.named_modules() if n.endswith(self.head)]
+            parts = (p for name in names for p in self.model.get_submodule(name).parameters())
+            _give_own_rate(optimizer, parts, self.head_rate)
+        if self.coefficient_rate is not None:
+            layers = compressed_layers(self.model).values()
+            coefficients = (p for layer in layers if (p := layer._parameters["coef"]) is not None)
+            _give_own_rate(optimizer, coefficients, self.coefficient_rate)
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -90,10 +100,9 @@ class RecordingMixin(VeloraTrainerMixin):
         return loss
 
 
-def _give_head_its_rate(optimizer: Any, model: Any, head: tuple[str, ...], rate: float) -> None:
-    """Move the parameters of the head to groups of their own."""
-    names = [n for n, _ in model.named_modules() if n.endswith(head)]  # PEFT puts a prefix before
-    own = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+def _give_own_rate(optimizer: Any, parameters: Iterable[torch.Tensor], rate: float) -> None:
+    """Move parameters to groups of their own."""
+    own = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         parts = [p for p in group["params"] if id(p) in own]
         if not parts:
@@ -310,4 +319,5 @@ def build_trainer(
     if recipe.train.head_learning_rate is not None:
         trainer.head_rate = recipe.train.head_learning_rate
         trainer.head = tuple(head_of(_plain(model), recipe) or ())
+    trainer.coefficient_rate = recipe.train.coefficient_learning_rate
     return trainer

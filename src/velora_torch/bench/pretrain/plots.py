@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from velora_torch.atomic import write_whole
-from velora_torch.bench.plot import DPI, HEIGHT, WIDTH, Point, place_labels
+from velora_torch.bench.plot import HEIGHT, WIDTH, Point, place_labels, write_figure
 from velora_torch.bench.pretrain.table import Line
 from velora_torch.report.inline_svg import BLUE, ORANGE, drawing
 
@@ -35,7 +33,7 @@ def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
         with drawing():
             figure = make(lines)
             if figure is not None:
-                _write(figure, output / name)
+                write_figure(figure, output / name)
                 drawn[f"{name}.png"] = f"{task}: {words}"
     return drawn
 
@@ -117,10 +115,3 @@ def _points(
 
 def _colour(line: Line) -> str:
     return BLUE if "velora" in line.variant.name else ORANGE
-
-
-def _write(figure: Figure, path: Path) -> None:
-    for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, facecolor="white", **settings)
-        write_whole(path.with_suffix(f".{suffix}"), buffer.getvalue())
