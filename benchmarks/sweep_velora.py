@@ -64,6 +64,7 @@ LORA_SETTINGS = {
     "random per group, M=16": Setting(_random(16)),
     "random per group, M=16, redrawn every 10 steps": Setting(_random(16, refresh_every=10)),
     "random per group, M=4": Setting(_random(4)),
+    "without VeLoRA, twice the rate": Setting(None, rate=2.0),
     "random per group, M=4, twice the rate": Setting(_random(4), rate=2.0),
 }
 ALL_LINEAR = {"targets": "all-linear"}
