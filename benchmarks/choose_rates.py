@@ -50,20 +50,37 @@ RATES = {
         "full": (1e-4, 2e-4, 5e-4),
     },
 }
+COEFFICIENT_RATES = {
+    "vtab": {
+        "full+velora": (1e-5, 4e-5, 1.6e-4),
+        "full+velora-all": (1e-5, 4e-5, 1.6e-4, 3.2e-4),
+    },
+}
+"""Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
 TASKS = {"glue": ("trec-50", "vader"), "vtab": ("emoji", "count"), "alpaca": ("trec-50",)}
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches."""
 
 
-def cells(bench: str) -> list[tuple[str, str, float]]:
-    """(task, variant, learning rate)."""
-    return [
-        (t, v, rate) for t in TASKS[bench] for v, rates in RATES[bench].items() for rate in rates
-    ]
+Cell = tuple[str, str, float | None, float | None]
+"""Task, variant, learning rate (None: the bench's), and the coefficients' own, if any."""
 
 
-def measure(bench: str, task: str, variant: str, rate: float) -> dict:
+def lines(bench: str) -> list[tuple[str, float | None, float | None]]:
+    """What is tried on each task: variant and its two rates."""
+    both = [(v, rate, None) for v, rates in RATES[bench].items() for rate in rates]
+    own = COEFFICIENT_RATES.get(bench, {}).items()
+    return [*both, *((v, None, rate) for v, rates in own for rate in rates)]
+
+
+def cells(bench: str) -> list[Cell]:
+    return [(task, *line) for task in TASKS[bench] for line in lines(bench)]
+
+
+def measure(
+    bench: str, task: str, variant: str, rate: float | None, coefficients: float | None
+) -> dict:
     recipe = BENCHES[bench].scales["local"].recipe(task, variant, SEED)
     held_out = {
         "max_train": TRAIN,
@@ -72,7 +89,11 @@ def measure(bench: str, task: str, variant: str, rate: float) -> dict:
         "eval_fraction": CHOOSE / (TRAIN + CHOOSE),
     }
     with tempfile.TemporaryDirectory() as output:
-        train = {**recipe["train"], "learning_rate": rate, "output": output}
+        train = {**recipe["train"], "output": output}
+        if rate is not None:
+            train["learning_rate"] = rate
+        if coefficients is not None:
+            train["coefficient_learning_rate"] = coefficients
         data = {**recipe["data"], **held_out}
         checked = Recipe.model_validate({**recipe, "data": data, "train": train})
         results = run(checked, Options(overwrite=True, report=False), lambda line: None)
@@ -83,6 +104,7 @@ def measure(bench: str, task: str, variant: str, rate: float) -> dict:
         "task": task,
         "variant": variant,
         "learning_rate": rate,
+        "coefficient_learning_rate": coefficients,
         "metric": results.after.metric,
         "score": results.after.score,
         "perplexity": results.after.perplexity,
@@ -98,18 +120,24 @@ def done(bench: str) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["bench"] == bench]
 
 
+def key(row: dict) -> Cell:
+    coefficients = row.get("coefficient_learning_rate")
+    return row["task"], row["variant"], row["learning_rate"], coefficients
+
+
 def table(bench: str) -> str:
     """Scores on the examples to choose by, in per cent."""
-    scores = {(r["task"], r["variant"], r["learning_rate"]): 100 * r["score"] for r in done(bench)}
+    scores = {key(row): 100 * row["score"] for row in done(bench)}
     tasks = TASKS[bench]
-    lines = [f"| method | rate | {' | '.join(tasks)} | mean |", "| --- " * (3 + len(tasks)) + "|"]
-    for variant, rates in RATES[bench].items():
-        for rate in rates:
-            own = [scores.get((task, variant, rate)) for task in tasks]
-            shown = " | ".join("-" if score is None else f"{score:.1f}" for score in own)
-            mean = "-" if None in own else f"{statistics.mean(own):.1f}"
-            lines.append(f"| {variant} | {rate:g} | {shown} | {mean} |")
-    return "\n".join(lines)
+    head = f"| method | rate | coefficients' rate | {' | '.join(tasks)} | mean |"
+    shown = [head, "| --- " * (4 + len(tasks)) + "|"]
+    for variant, rate, coefficients in lines(bench):
+        own = [scores.get((task, variant, rate, coefficients)) for task in tasks]
+        numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in own)
+        mean = "-" if None in own else f"{statistics.mean(own):.1f}"
+        rates = [f"{r:g}" if r is not None else "" for r in (rate, coefficients)]
+        shown.append(f"| {variant} | {' | '.join(rates)} | {numbers} | {mean} |")
+    return "\n".join(shown)
 
 
 def main() -> None:
@@ -122,7 +150,7 @@ def main() -> None:
         print(table(arguments.bench))
         return
     index, parts = (int(n) for n in arguments.part.split("/"))
-    known = {(row["task"], row["variant"], row["learning_rate"]) for row in done(arguments.bench)}
+    known = {key(row) for row in done(arguments.bench)}
     todo = [cell for cell in cells(arguments.bench)[index - 1 :: parts] if cell not in known]
     for number, cell in enumerate(todo, 1):
         row = measure(arguments.bench, *cell)

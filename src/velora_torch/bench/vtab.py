@@ -16,6 +16,7 @@ VARIANTS = (
     Variant("linear-probe", "Linear probing"),
     Variant("full", "Full"),
     Variant("full+velora", "Full + VeLoRA", "full"),
+    Variant("full+velora-all", "Full + VeLoRA, all linear layers", "full"),
     Variant("ssf", "SSF"),
     Variant("ssf+velora", "SSF + VeLoRA", "ssf"),
     Variant("hydra", "Hydra"),
@@ -45,6 +46,18 @@ METHODS: dict[str, dict[str, Any]] = {  # sub-token sizes and ranks: T10
     "full+velora": {
         "method": "full",
         "velora": {"targets": FULL_TARGETS, "sub_token_size": 32, "track_delta": False},
+    },
+    # What the factored gradient adds to the paper: every linear layer, random vectors redrawn.
+    "full+velora-all": {
+        "method": "full",
+        "velora": {
+            "targets": "all-linear",
+            "sub_token_size": 8,
+            "init": "random",
+            "vectors": "per_group",
+            "refresh_every": 10,
+            "track_delta": False,
+        },
     },
     "ssf": {"method": "ssf", "velora": None},
     "ssf+velora": {"method": "ssf", "velora": {"targets": SSF_TARGETS, "sub_token_size": 32}},
