@@ -54,6 +54,7 @@ COEFFICIENT_RATES = {
     "vtab": {
         "full+velora": (1e-5, 4e-5, 1.6e-4),
         "full+velora-all": (1e-5, 4e-5, 1.6e-4, 3.2e-4),
+        "lora+velora-random": (8e-3, 3.2e-2),
     },
 }
 """Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
