@@ -69,19 +69,37 @@ TASKS = {
     "alpaca": ("trec-50",),
     "pretrain": ("llama-3m",),
 }
+COEFFICIENT_RATES = {
+    "vtab": {
+        "full+velora": (1e-5, 4e-5, 1.6e-4),
+        "full+velora-all": (1e-5, 4e-5, 1.6e-4, 3.2e-4),
+        "lora+velora-random": (8e-3, 3.2e-2),
+    },
+}
+"""Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches."""
 
 
-def cells(bench: str) -> list[tuple[str, str, float]]:
-    """(task, variant, learning rate)."""
-    return [
-        (t, v, rate) for t in TASKS[bench] for v, rates in RATES[bench].items() for rate in rates
-    ]
+Cell = tuple[str, str, float | None, float | None]
+"""Task, variant, learning rate (None: the bench's), and the coefficients' own, if any."""
 
 
-def measure(bench: str, task: str, variant: str, rate: float) -> dict:
+def lines(bench: str) -> list[tuple[str, float | None, float | None]]:
+    """What is tried on each task: variant and its two rates."""
+    both = [(v, rate, None) for v, rates in RATES[bench].items() for rate in rates]
+    own = COEFFICIENT_RATES.get(bench, {}).items()
+    return [*both, *((v, None, rate) for v, rates in own for rate in rates)]
+
+
+def cells(bench: str) -> list[Cell]:
+    return [(task, *line) for task in TASKS[bench] for line in lines(bench)]
+
+
+def measure(
+    bench: str, task: str, variant: str, rate: float | None, coefficients: float | None
+) -> dict:
     recipe = BENCHES[bench].scales["local"].recipe(task, variant, SEED)
     held_out: dict = {"seed": SEED}  # of the split
     if bench != "pretrain":
@@ -92,7 +110,11 @@ def measure(bench: str, task: str, variant: str, rate: float) -> dict:
             "eval_fraction": CHOOSE / (TRAIN + CHOOSE),
         }
     with tempfile.TemporaryDirectory() as output:
-        train = {**recipe["train"], "learning_rate": rate, "output": output}
+        train = {**recipe["train"], "output": output}
+        if rate is not None:
+            train["learning_rate"] = rate
+        if coefficients is not None:
+            train["coefficient_learning_rate"] = coefficients
         data = {**recipe["data"], **held_out}
         checked = Recipe.model_validate({**recipe, "data": data, "train": train})
         results = run(checked, Options(overwrite=True, report=False), lambda line: None)
@@ -103,6 +125,7 @@ def measure(bench: str, task: str, variant: str, rate: float) -> dict:
         "task": task,
         "variant": variant,
         "learning_rate": rate,
+        "coefficient_learning_rate": coefficients,
         "metric": results.after.metric,
         "score": results.after.score,
         "perplexity": results.after.perplexity,
@@ -118,19 +141,25 @@ def done(bench: str) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["bench"] == bench]
 
 
+def key(row: dict) -> Cell:
+    coefficients = row.get("coefficient_learning_rate")
+    return row["task"], row["variant"], row["learning_rate"], coefficients
+
+
 def table(bench: str) -> str:
     """Scores on the examples to choose by: in per cent, or perplexities."""
     unit = 1 if bench == "pretrain" else 100
-    scores = {(r["task"], r["variant"], r["learning_rate"]): unit * r["score"] for r in done(bench)}
+    scores = {key(row): unit * row["score"] for row in done(bench)}
     tasks = TASKS[bench]
-    lines = [f"| method | rate | {' | '.join(tasks)} | mean |", "| --- " * (3 + len(tasks)) + "|"]
-    for variant, rates in RATES[bench].items():
-        for rate in rates:
-            own = [scores.get((task, variant, rate)) for task in tasks]
-            shown = " | ".join("-" if score is None else f"{score:.1f}" for score in own)
-            mean = "-" if None in own else f"{statistics.mean(own):.1f}"
-            lines.append(f"| {variant} | {rate:g} | {shown} | {mean} |")
-    return "\n".join(lines)
+    head = f"| method | rate | coefficients' rate | {' | '.join(tasks)} | mean |"
+    shown = [head, "| --- " * (4 + len(tasks)) + "|"]
+    for variant, rate, coefficients in lines(bench):
+        own = [scores.get((task, variant, rate, coefficients)) for task in tasks]
+        numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in own)
+        mean = "-" if None in own else f"{statistics.mean(own):.1f}"
+        rates = [f"{r:g}" if r is not None else "" for r in (rate, coefficients)]
+        shown.append(f"| {variant} | {' | '.join(rates)} | {numbers} | {mean} |")
+    return "\n".join(shown)
 
 
 def main() -> None:
@@ -143,7 +172,7 @@ def main() -> None:
         print(table(arguments.bench))
         return
     index, parts = (int(n) for n in arguments.part.split("/"))
-    known = {(row["task"], row["variant"], row["learning_rate"]) for row in done(arguments.bench)}
+    known = {key(row) for row in done(arguments.bench)}
     todo = [cell for cell in cells(arguments.bench)[index - 1 :: parts] if cell not in known]
     for number, cell in enumerate(todo, 1):
         row = measure(arguments.bench, *cell)

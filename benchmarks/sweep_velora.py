@@ -64,6 +64,13 @@ LORA_SETTINGS = {
     "random per group, M=16": Setting(_random(16)),
     "random per group, M=16, redrawn every 10 steps": Setting(_random(16, refresh_every=10)),
     "random per group, M=4": Setting(_random(4)),
+    "without VeLoRA, twice the rate": Setting(None, rate=2.0),
+    "random per group, M=4, four times the rate for the coefficients": Setting(
+        _random(4), coefficients=4.0
+    ),
+    "random per group, M=4, 16 times the rate for the coefficients": Setting(
+        _random(4), coefficients=16.0
+    ),
     "random per group, M=4, twice the rate": Setting(_random(4), rate=2.0),
 }
 ALL_LINEAR = {"targets": "all-linear"}
@@ -107,9 +114,10 @@ ADAPTERS = {"targets": ["lora_A"]}
 QLORA_SETTINGS = {
     "without VeLoRA": Setting(None),
     "value, down: average, G=32": Setting({"num_groups": 32}),
-    "all: average, G=32": Setting({**ADAPTERS, "num_groups": 32}),
     "all: random per group, M=4": Setting({**ADAPTERS, **_random(4)}),
-    "all: random per group, M=4, twice the rate": Setting({**ADAPTERS, **_random(4)}, rate=2.0),
+    "all: random per group, M=4, four times the rate for the coefficients": Setting(
+        {**ADAPTERS, **_random(4)}, coefficients=4.0
+    ),
 }
 COEFFICIENT_SETTINGS = {
     "LoRA, without VeLoRA": Setting(None),

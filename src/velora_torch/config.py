@@ -21,7 +21,7 @@ DEFAULT_NUM_GROUPS = 32
 
 RECOMMENDED: dict[Purpose, dict[str, Any]] = {
     "lora": {
-        "targets": ["lora_A"],
+        "targets": "all-linear",  # on PEFT's adapters: their down-projections
         "sub_token_size": 4,
         "init": "random",
         "vectors": "per_group",

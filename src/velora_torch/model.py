@@ -23,7 +23,7 @@ from velora_torch.layers.quantized import CompressedQuantized, make_lean
 from velora_torch.layers.state import TENSORS
 from velora_torch.memory.freed import arm, disarm, foresee
 from velora_torch.recomputation import undo_recompute
-from velora_torch.selection import Chosen, ChosenAdapter, select
+from velora_torch.selection import Chosen, ChosenAdapter, has_adapters, select
 from velora_torch.stepping import retire, watch
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -46,7 +46,8 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
 
     Args:
         model: any module.
-        config: what to compress and how; defaults to ``VeloraConfig()``.
+        config: what to compress and how; defaults to ``VeloraConfig()``, and to
+            ``VeloraConfig.recommended("lora")`` for a model with adapters of PEFT.
 
     Returns:
         The same model.
@@ -59,7 +60,8 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
         ValueError: the model is compressed already, a target matches nothing, or nothing can be
             compressed. The model is then unchanged, as it is after any other error.
     """
-    config = VeloraConfig() if config is None else config
+    if config is None:
+        config = VeloraConfig.recommended("lora") if has_adapters(model) else VeloraConfig()
     if not isinstance(config, VeloraConfig):
         raise TypeError(f"config must be a VeloraConfig, got {type(config).__name__}")
     if torch.is_inference_mode_enabled():

@@ -76,7 +76,7 @@ class Selector:
         self._model, self._config = model, config
         self._all_linear = config.targets == "all-linear"
         self._owners = _owners(model)
-        self._has_adapters = config.train_frozen and _has_adapters(model)
+        self._has_adapters = config.train_frozen and has_adapters(model)
         self._heads = head_modules(model) if self._all_linear else set()
 
     def why_exact(self, name: str, module: nn.Module) -> str | None:
@@ -300,7 +300,7 @@ def _is_frozen(module: nn.Module) -> bool:
     return weight is not None and not weight.requires_grad
 
 
-def _has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT has put adapters into a model; does not import PEFT."""
     loaded = sys.modules.get("peft.tuners.tuners_utils")
     return loaded is not None and any(isinstance(m, loaded.BaseTunerLayer) for m in model.modules())

@@ -14,6 +14,7 @@ import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.integrations.peft_watch import LateAdapterWarning
 from velora_torch.layers import CompressedLayer
+from velora_torch.model import compressed_layers
 
 from ..closeness import assert_close
 from ..layers.test_saved_bytes import saved, shapes
@@ -33,6 +34,15 @@ def one_layer(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_adapters_get_the_settings_that_are_recommended_for_them():
+    model = velora_torch.compress(one_layer())
+    (layer,) = compressed_layers(model).values()
+    assert layer.velora.config == VeloraConfig.recommended("lora")
+    plain = velora_torch.compress(nn.Sequential(nn.Linear(D, O)))
+    (layer,) = compressed_layers(plain).values()
+    assert layer.velora.config == VeloraConfig()
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first-layer"])

@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-nf4": {"method": "qlora", "lora": LORA, "quantization": NF4, "velora": None},
     "qlora": {"method": "qlora", "lora": LORA, "quantization": DOUBLE, "velora": None},
     "qlora+velora": {"method": "qlora", "lora": LORA, "quantization": DOUBLE, "velora": VELORA},
-    "qlora+velora-random": {  # every adapter, as docs/results/lora-defaults.md finds best
+    "qlora+velora-random": {  # every adapter: docs/results/fine-tuning.md
         "method": "qlora",
         "lora": LORA,
         "quantization": DOUBLE,

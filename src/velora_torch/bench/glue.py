@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora": _LORA,
         "velora": {"targets": ["lora_A"], "sub_token_size": M},
     },
-    "lora+velora-random": {  # what docs/results/lora-defaults.md finds best
+    "lora+velora-random": {  # see docs/results/fine-tuning.md
         "method": "lora",
         "lora": _LORA,
         "velora": {

@@ -16,6 +16,7 @@ VARIANTS = (
     Variant("linear-probe", "Linear probing"),
     Variant("full", "Full"),
     Variant("full+velora", "Full + VeLoRA", "full"),
+    Variant("full+velora-all", "Full + VeLoRA, all linear layers", "full"),
     Variant("ssf", "SSF"),
     Variant("ssf+velora", "SSF + VeLoRA", "ssf"),
     Variant("hydra", "Hydra"),
@@ -46,6 +47,18 @@ METHODS: dict[str, dict[str, Any]] = {  # sub-token sizes and ranks: T10
         "method": "full",
         "velora": {"targets": FULL_TARGETS, "sub_token_size": 32, "track_delta": False},
     },
+    # What the factored gradient adds to the paper: every linear layer, random vectors redrawn.
+    "full+velora-all": {
+        "method": "full",
+        "velora": {
+            "targets": "all-linear",
+            "sub_token_size": 8,
+            "init": "random",
+            "vectors": "per_group",
+            "refresh_every": 10,
+            "track_delta": False,
+        },
+    },
     "ssf": {"method": "ssf", "velora": None},
     "ssf+velora": {"method": "ssf", "velora": {"targets": SSF_TARGETS, "sub_token_size": 32}},
     "hydra": {"method": "hydra", "hydra": {"r": 4, "targets": HYDRA_LAYERS}, "velora": None},
@@ -65,13 +78,13 @@ METHODS: dict[str, dict[str, Any]] = {  # sub-token sizes and ranks: T10
         "lora": {"r": 16, "alpha": 16.0, "dropout": 0.0, "targets": LORA_LAYERS},
         "velora": {"targets": LORA_TARGETS, "sub_token_size": 16},
     },
-    "lora+velora-random": {  # what docs/results/lora-defaults.md finds best; rank of the plain row
+    "lora+velora-random": {  # rank of the plain row
         "method": "lora",
         "lora": {"r": 4, "alpha": 4.0, "dropout": 0.0, "targets": LORA_LAYERS},
         "velora": {"targets": LORA_TARGETS, **RANDOM},
     },
 }
-# The same with and without VeLoRA: what benchmarks/choose_rates.py chose for the rows without.
+# Chosen by benchmarks/choose_rates.py; with VeLoRA no other rate was better than the method's own.
 LOCAL_LEARNING_RATES = {
     "linear-probe": 1e-2,
     "full": 1e-5,
@@ -79,6 +92,7 @@ LOCAL_LEARNING_RATES = {
     "hydra": 2e-3,
     "lora": 2e-3,
 }
+LOCAL_COEFFICIENT_RATES = {"full+velora-all": 4e-5}
 TRAINING_EXAMPLES = 1000  # VTAB-1k
 TEST_EXAMPLES = 300
 WEIGHT_DECAY = 1e-4  # T1
@@ -136,6 +150,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             "epochs": 1.0,
             "batch_size": 16,  # 63 steps
             "learning_rate": LOCAL_LEARNING_RATES[variant.partition("+")[0]],
+            "coefficient_learning_rate": LOCAL_COEFFICIENT_RATES.get(variant),
             "head_learning_rate": 3e-3,  # the head is new, and 63 steps are few
             "autocast": True,
         },
