@@ -44,9 +44,6 @@ RATES = {
     },
     "alpaca": {
         "lora-bf16": (4e-4, 1e-3, 2e-3, 4e-3),
-        "qlora": (2e-3, 4e-3),
-        "qlora+velora": (2e-3, 4e-3),
-        "qlora+velora-random": (2e-3, 4e-3, 8e-3),
         "coefficients-nf4": (1e-3, 3e-3),
         "full": (1e-4, 2e-4, 5e-4),
     },
