@@ -220,6 +220,8 @@ def resolve_model(name: str, report: Callable[[str], None] = lambda line: None) 
             install_folder(target, functools.partial(_convert, name))
         except OSError as error:
             raise AssetError(f"could not write the converted model to {target}: {error}") from error
+        if not _is_complete(target):
+            raise AssetError(f"{target} is not a whole model; remove it, and it is made again")
     return target
 
 

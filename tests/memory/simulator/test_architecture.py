@@ -25,6 +25,8 @@ pytest.importorskip("transformers")
 
 # Counted by hand: embedding, blocks, norms, head.
 MILLIONS = {
+    "llama-3m": 19.5,
+    "llama-15m": 38.7,
     "llama-60m": 58.1,
     "llama-130m": 134.1,
     "llama-350m": 368.0,
@@ -315,7 +317,7 @@ def test_an_adapted_model_reads_what_its_base_reads():
     [
         ("lama-7b", "did you mean llama-7b"),
         ("nobody/nothing", "neither in the hub's local cache nor.*path of that"),
-        ("./nowhere", r"no folder or file ./nowhere; presets: llama-60m"),
+        ("./nowhere", r"no folder or file ./nowhere; presets: llama-3m"),
         ("nowhere.json", "no folder or file"),
     ],
 )
