@@ -218,6 +218,7 @@ def test_shipped_recipes_load_and_open_with_their_command(path):
     assert isinstance(recipe, Recipe)
     assert recipe.velora is not None
     VeloraConfig(**recipe.velora.to_kwargs())
+    assert recipe.model in recipe.describe()
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith(f"# velora train recipes/{path.name}")
 

@@ -38,8 +38,8 @@ def describe(recipe: Recipe) -> str:
     if recipe.task != "language-modeling":
         del rows["template"]
     if recipe.tokenizer is not None:
-        own = f"trained on the data, {recipe.tokenizer.vocab_size:,} tokens"
-        rows["tokenizer"] = own if recipe.tokenizer.source is None else recipe.tokenizer.source
+        size = recipe.tokenizer.vocab_size
+        rows["tokenizer"] = recipe.tokenizer.source or f"trained on the data, {size:,} tokens"
     if recipe.memory_budget is not None:
         rows["memory"] = f"at most {recipe.memory_budget}: savings that are not given are planned"
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
