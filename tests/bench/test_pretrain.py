@@ -9,6 +9,7 @@ from velora_torch.bench import catalogue
 from velora_torch.bench.cell import run_cell
 from velora_torch.bench.grid import Cell, Finished, Row, cells
 from velora_torch.bench.pretrain import protocol
+from velora_torch.bench.pretrain.measure import peak_bytes
 from velora_torch.bench.pretrain.table import lines_of, report
 from velora_torch.training.recipe import Recipe
 
@@ -77,6 +78,15 @@ def test_a_cell_of_each_method(sources, variant, tmp_path, monkeypatch):
     }.get(variant, "optimizer_state")
     if smaller is not None and variant != "full":
         assert row.memory[smaller] < full.memory[smaller]
+
+
+def test_the_peak_is_that_of_the_precision_that_trains(sources, monkeypatch):
+    monkeypatch.setenv("VELORA_CACHE", str(sources[0].parent / "cache"))
+    recipe = Recipe.model_validate(dict(tiny(sources, "full").recipe))
+    assert recipe.train.autocast
+    mixed = peak_bytes(recipe)
+    recipe.train.autocast = False
+    assert peak_bytes(recipe) != mixed
 
 
 def row(variant, seed, score, peak=2**20):

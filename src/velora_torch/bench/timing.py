@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from velora_torch.bench.cell import recipe_of
 from velora_torch.bench.grid import Cell
 from velora_torch.bench.interleave import Clock, Step, interleave, spread
 from velora_torch.bench.store import append_line, read_records
 from velora_torch.bench.surroundings import surroundings
-
-if TYPE_CHECKING:
-    from velora_torch.training.schema import Recipe
 
 Say = Callable[[str], None]
 ROUNDS = 7
@@ -103,16 +99,10 @@ def make_step(cell: Cell) -> Step:
         recipe = recipe_of(cell, folder)
         assembled = assemble(recipe, lambda line: None)
         optimizer = assembled.make_optimizer()
-    model, data = assembled.model.train(), assembled.data
-    size = recipe.train.batch_size
-    assert data.collator is not None
-    rows = [dict(data.train[index % len(data.train)]) for index in range(size)]
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in data.collator(rows).items()}
+    model, batch = assembled.model.train(), assembled.make_batch()
 
     def step() -> None:
-        with _precision(recipe, device.type):
-            loss = model(**batch).loss
+        loss = assembled.loss(batch)
         loss.backward()
         if recipe.train.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
@@ -164,15 +154,3 @@ def newest_with(times: Sequence[TimeT], variants: Sequence[str]) -> dict[str, Ti
         if all(variant in sessions[session] for variant in variants):
             return {variant: sessions[session][variant] for variant in variants}
     return {}
-
-
-@contextlib.contextmanager
-def _precision(recipe: Recipe, device: str) -> Iterator[None]:
-    import torch
-
-    if not recipe.train.autocast:
-        yield
-        return
-    dtype = torch.float16 if recipe.dtype == "float16" else torch.bfloat16
-    with torch.autocast(device, dtype):
-        yield

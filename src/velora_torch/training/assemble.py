@@ -9,6 +9,7 @@ from typing import Any
 
 from velora_torch.training import models
 from velora_torch.training.data import PreparedData, check_context, prepare
+from velora_torch.training.precision import precision
 from velora_torch.training.schema import Recipe
 
 Say = Callable[[str], None]
@@ -24,6 +25,19 @@ class Assembled:
     data: PreparedData
     model: Any
     """Adapted by the recipe's method and compressed."""
+
+    def make_batch(self) -> dict[str, Any]:
+        """A batch of the recipe's size, of the first training examples, where the model is."""
+        assert self.data.collator is not None
+        train, size = self.data.train, self.recipe.train.batch_size
+        rows = [dict(train[index % len(train)]) for index in range(size)]
+        device = next(self.model.parameters()).device
+        return {key: value.to(device) for key, value in self.data.collator(rows).items()}
+
+    def loss(self, batch: dict[str, Any]) -> Any:
+        """The loss of a batch (0-d), computed in the recipe's precision."""
+        with precision(self.recipe, next(self.model.parameters()).device.type):
+            return self.model(**batch).loss
 
     def make_optimizer(self) -> Any:
         """A new optimizer, with the groups and settings that the trainer gives it."""

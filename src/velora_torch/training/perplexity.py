@@ -69,4 +69,12 @@ def perplexity(model: Any, ids_NL: torch.Tensor, batch_size: int = 4) -> float:
             tokens += targets.numel()
     finally:
         model.train(training)
-    return math.exp(total / tokens)
+    return perplexity_of(total / tokens)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss per token; infinite where it is too large for a number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

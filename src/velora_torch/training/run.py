@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -244,20 +243,14 @@ def _score(
     metrics = trainer.evaluate(held_out if data.format != "chat" else None)
     loss = metrics["eval_loss"]
     if recipe.task == "pretrain":
-        own = _exp(loss)
+        from velora_torch.training.perplexity import perplexity_of
+
+        own = perplexity_of(loss)
         say(f"{when}: perplexity {own:.3f}, loss {loss:.4f}")
         scores: dict[str, float | None] = {"perplexity": own}
         return Quality(loss=loss, examples=len(held_out), metric="perplexity", scores=scores)
     say(f"{when}: loss {loss:.4f}")
     return Quality(loss=loss, examples=len(held_out))
-
-
-def _exp(loss: float) -> float:
-    """The perplexity of a mean loss per token; infinite where it is too large for a number."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _describe_model(recipe: Recipe, model: Any) -> ModelInfo:

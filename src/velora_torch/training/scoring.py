@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from velora_torch.report.results import Quality
+from velora_torch.training.precision import precision
 from velora_torch.training.schema import Recipe
 
 MAIN = {"text-regression": "pearson"}
@@ -76,7 +76,7 @@ def predict(
             rows = [examples[i] for i in range(start, min(start + size, len(examples)))]
             batch = collate(rows)
             labels.append(batch.pop("labels"))
-            with _precision(recipe, device):
+            with precision(recipe, device.type):
                 out = model(**{key: value.to(device) for key, value in batch.items()})
             logits.append(out.logits.float().cpu())
     finally:
@@ -111,10 +111,3 @@ def regression_scores(predicted: Tensor, labels: Tensor) -> dict[str, float | No
         return {"pearson": None, "spearman": None}
     x, y = predicted.double().numpy(), labels.double().numpy()
     return {"pearson": float(pearsonr(x, y)[0]), "spearman": float(spearmanr(x, y)[0])}
-
-
-def _precision(recipe: Recipe, device: torch.device) -> Any:
-    if not recipe.train.autocast:
-        return contextlib.nullcontext()
-    kind = torch.float16 if recipe.dtype == "float16" else torch.bfloat16
-    return torch.autocast(device.type, kind)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from velora_torch.report.results import Results
+from velora_torch.training.perplexity import perplexity_of
 from velora_torch.training.schema import Recipe
 
 
@@ -28,11 +29,17 @@ def details(recipe: Recipe, results: Results) -> dict[str, Any]:
         {
             "tokens": point.step * per_step,
             "seconds": point.seconds,
-            "perplexity": None if point.loss is None else math.exp(min(point.loss, 700.0)),
+            "perplexity": _perplexity(point.loss),
         }
         for point in results.evaluations
     ]
     return {"curve": curve, "tokens": budget, "peak_bytes": peak_bytes(recipe)}
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """None where there is none that JSON can hold."""
+    value = math.inf if loss is None else perplexity_of(loss)
+    return value if math.isfinite(value) else None
 
 
 def peak_bytes(recipe: Recipe) -> int:
@@ -45,12 +52,8 @@ def peak_bytes(recipe: Recipe) -> int:
     from velora_torch.training.assemble import assemble
 
     assembled = assemble(recipe, lambda line: None)
-    model, data = assembled.model.train(), assembled.data
+    model, batch = assembled.model.train(), assembled.make_batch()
     optimizer = assembled.make_optimizer()
-    rows = [data.train[index] for index in range(recipe.train.batch_size)]
-    assert data.collator is not None
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in data.collator(rows).items()}
     plain = getattr(optimizer, "optimizer", optimizer)
-    trace = track(model, plain, lambda: model(**batch).loss, list(batch.values()))
+    trace = track(model, plain, lambda: assembled.loss(batch), list(batch.values()))
     return max(trace.segments().values())
