@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from velora_torch.peers.flora import Flora
+from velora_torch.subtoken.vectors import layer_seed
 
 
 def drawn(step, gap=3, rank=4, n=6, seed=5, place=0):
-    generator = torch.Generator().manual_seed(hash((seed, place, step // gap)) % 2**63)
+    generator = torch.Generator().manual_seed(layer_seed(f"flora {place}", seed, step // gap))
     return torch.randn(rank, n, generator=generator) / rank**0.5
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from velora_torch.subtoken.vectors import layer_seed
+
 
 class Flora(Optimizer):
     """FLoRA's momentum compression for matrices, AdamW for everything else.
@@ -79,9 +81,10 @@ class Flora(Optimizer):
             state["rows"] = grad_mn.new_zeros(p.shape[0])
             state["columns"] = grad_mn.new_zeros(p.shape[1])
         drawn, step = divmod(state["step"], group["update_proj_gap"])
-        proj_rn = self._projection(p, rank, (group["seed"], place, drawn))
+        proj_rn = self._projection(p, rank, layer_seed(f"flora {place}", group["seed"], drawn))
         if step == 0 and drawn:
-            former_rn = self._projection(p, rank, (group["seed"], place, drawn - 1))
+            former = layer_seed(f"flora {place}", group["seed"], drawn - 1)
+            former_rn = self._projection(p, rank, former)
             state["momentum"].copy_(state["momentum"] @ former_rn @ proj_rn.T)
         state["step"] += 1
         state["momentum"].lerp_(grad_mn @ proj_rn.T, 1 - beta1)
@@ -107,8 +110,8 @@ class Flora(Optimizer):
         return state["exp_avg"] / seen1 / ((state["exp_avg_sq"] / seen2).sqrt() + group["eps"])
 
     @staticmethod
-    def _projection(p: Tensor, rank: int, seed: tuple[int, int, int]) -> Tensor:
+    def _projection(p: Tensor, rank: int, seed: int) -> Tensor:
         """A of shape (r, n), from a seed alone."""
-        generator = torch.Generator().manual_seed(hash(seed) % 2**63)
+        generator = torch.Generator().manual_seed(seed)
         draw = torch.randn(rank, p.shape[1], generator=generator)
         return draw.to(p.device) / rank**0.5
