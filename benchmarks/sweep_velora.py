@@ -224,27 +224,18 @@ def table(name: str) -> str:
     texts = any(row["perplexity"] is not None for row in found.values())
     header = ["setting", "seeds", "score", "difference", "saved activations"]
     lines = [header + ["perplexity"] * texts, ["---"] * (len(header) + texts)]
-    for setting in settings:
-        whole = [
-            [found[Cell(name, setting, task, seed)] for task in study.tasks]
-            for seed in SEEDS
-            if all(Cell(name, setting, task, seed) in found for task in study.tasks)
-        ]
-        plain = [
-            [found[Cell(name, settings[0], task, seed)] for task in study.tasks]
-            for seed in SEEDS[: len(whole)]
-            if all(Cell(name, settings[0], task, seed) in found for task in study.tasks)
-        ]
-        if not whole:
+    scores = {setting: _by_seed(found, name, setting) for setting in settings}
+    for setting, own in scores.items():
+        if not own:
             continue
-        scores = [100 * statistics.mean(row["score"] for row in rows) for rows in whole]
-        bases = [100 * statistics.mean(row["score"] for row in rows) for rows in plain]
-        gaps = [own - base for own, base in zip(scores, bases, strict=False)]
+        plain = scores[settings[0]]
+        gaps = [own[seed] - plain[seed] for seed in own if seed in plain]
+        whole = [[found[Cell(name, setting, task, seed)] for task in study.tasks] for seed in own]
         saved = statistics.mean(row["saved_activations"] for rows in whole for row in rows)
         line = [
             setting,
-            str(len(whole)),
-            _mean(scores),
+            str(len(own)),
+            _mean(list(own.values())),
             "" if setting == settings[0] else _mean(gaps, "+.1f"),
             f"{saved / 2**20:.0f} MiB",
         ]
@@ -252,6 +243,16 @@ def table(name: str) -> str:
             line.append(_mean([row["perplexity"] for rows in whole for row in rows]))
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _by_seed(found: dict[Cell, dict], name: str, setting: str) -> dict[int, float]:
+    """The mean score over a study's tasks in per cent, for each seed that has them all."""
+    means = {}
+    for seed in SEEDS:
+        cells_ = [Cell(name, setting, task, seed) for task in STUDIES[name].tasks]
+        if all(cell in found for cell in cells_):
+            means[seed] = 100 * statistics.mean(found[cell]["score"] for cell in cells_)
+    return means
 
 
 def _mean(values: list[float], form: str = ".1f") -> str:
