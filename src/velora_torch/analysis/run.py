@@ -64,8 +64,8 @@ class Request:
                 raise AnalysisError(f"--{option} {shown}: the numbers must rise")
         if self.tokens < 2:
             raise AnalysisError(f"--tokens must be at least 2, not {self.tokens}")
-        if recipe.train.steps is not None:
-            self.check_length(recipe.train.steps)
+        if (steps := recipe.steps()) is not None:
+            self.check_length(steps)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise AnalysisError(f"{self.output} is there already; choose another with --output")
         parent = next(path for path in self.output.absolute().parents if path.exists())
