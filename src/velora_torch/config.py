@@ -114,10 +114,7 @@ class VeloraConfig:
             ValueError: an unknown purpose, or settings that contradict each other.
         """
         check_choice("purpose", purpose, get_args(Purpose))
-        settings = dict(RECOMMENDED[purpose])
-        if changes.get("num_groups") is not None:
-            del settings["sub_token_size"]
-        return cls(**settings | changes)
+        return cls(**recommended_settings(purpose, changes) | changes)
 
     def __post_init__(self) -> None:
         check_choice("init", self.init, get_args(Init))
@@ -226,6 +223,13 @@ class VeloraConfig:
         elif not isinstance(self.targets, str):
             values["targets"] = list(self.targets)
         return values
+
+
+def recommended_settings(purpose: Purpose, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recommended for a purpose, without what ``changes`` say otherwise."""
+    regrouped = {"sub_token_size"} if changes.get("num_groups") is not None else set()
+    left_out = changes.keys() | regrouped
+    return {name: value for name, value in RECOMMENDED[purpose].items() if name not in left_out}
 
 
 def matches_components(name: str, part: str) -> bool:

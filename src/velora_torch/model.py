@@ -37,6 +37,12 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLayer)}
 
 
+def coefficients(model: nn.Module) -> list[nn.Parameter]:
+    """The coefficients of a model's compressed layers; dense gradients have none."""
+    found = (layer._parameters["coef"] for layer in compressed_layers(model).values())
+    return [coef for coef in found if coef is not None]
+
+
 def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
     """Compress layers of a model in place: do this before building the optimizer.
 

@@ -12,6 +12,7 @@ from tests.training import tiny, tiny_tasks
 from velora_torch.training.assemble import assemble
 from velora_torch.training.exporting import export_run
 from velora_torch.training.methods import MethodError
+from velora_torch.training.models import ModelError
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.run import Options, run
 from velora_torch.training.schema import PEFT_METHODS, Method
@@ -182,6 +183,13 @@ def test_coefficients_may_have_a_rate_of_their_own(method, places, tmp_path):
     assert fast == coefficients
     everything = [id(p) for group in groups for p in group["params"]]
     assert sorted(everything) == sorted(id(p) for p in named.values() if p.requires_grad)
+
+
+def test_a_rate_for_coefficients_of_a_method_without_any_is_refused(places, tmp_path):
+    recipe = recipe_for("ssf", "image-classification", places, tmp_path / "run")
+    recipe["train"] |= {"coefficient_learning_rate": 0.5}
+    with pytest.raises(ModelError, match="nothing that method: ssf trains has coefficients"):
+        assemble(Recipe.model_validate(recipe), lambda line: None)
 
 
 @pytest.mark.parametrize("velora", [None, {"gradient": "dense"}])

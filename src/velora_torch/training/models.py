@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from velora_torch.config import VeloraConfig
-from velora_torch.model import compress
+from velora_torch.model import coefficients, compress
 from velora_torch.quiet import quiet as quiet_libraries
 from velora_torch.recomputation import checkpoint_blocks, recompute
 from velora_torch.training.assets import AssetError, resolve_model
@@ -171,6 +171,11 @@ def save_memory(recipe: Recipe, model: Any) -> Any:
             model, norms=train.recompute, activations=train.recompute, loss=train.chunked_loss
         )
     compress_for(recipe, model)
+    if recipe.train.coefficient_learning_rate is not None and not coefficients(model):
+        raise ModelError(
+            f"train.coefficient_learning_rate: nothing that method: {recipe.method} trains has "
+            f"coefficients; remove it"
+        )
     every = train.gradient_checkpointing
     if every and every is not True:
         try:

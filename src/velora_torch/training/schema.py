@@ -182,17 +182,13 @@ class Recipe(Section):
             fail("method", f"has no sense with task: pretrain; known: {', '.join(PRETRAINED)}")
         if self.memory_budget is not None:
             fail("memory_budget", "cannot be planned for task: pretrain; use `velora plan`")
-        if self.data.packing or self.train.group_by_length or self.train.longest_first:
-            name = next(
-                name
-                for name, value in (
-                    ("data.packing", self.data.packing),
-                    ("train.group_by_length", self.train.group_by_length),
-                    ("train.longest_first", self.train.longest_first),
-                )
-                if value
-            )
-            fail(name, "has no effect with task: pretrain: all windows are full")
+        for name, value in (
+            ("data.packing", self.data.packing),
+            ("train.group_by_length", self.train.group_by_length),
+            ("train.longest_first", self.train.longest_first),
+        ):
+            if value:
+                fail(name, "has no effect with task: pretrain: all windows are full")
         if self.data.format not in (None, "text"):
             fail("data.format", f"must be text with task: pretrain, not {self.data.format}")
         if self.evaluate.perplexity is not None:
@@ -229,17 +225,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _coefficients_and_their_rate(self) -> Self:
-        if self.train.coefficient_learning_rate is not None and self.velora is None:
-            fail("train.coefficient_learning_rate", "has no effect without velora, which is null")
-        if (
-            self.train.coefficient_learning_rate is not None
-            and self.velora is not None
-            and self.velora.gradient == "dense"
-        ):
-            fail(
-                "train.coefficient_learning_rate",
-                "has no effect with velora.gradient: dense, which has no coefficients",
-            )
+        key = "train.coefficient_learning_rate"
+        if self.train.coefficient_learning_rate is None:
+            return self
+        if self.velora is None:
+            fail(key, "has no effect without velora, which is null")
+        if self.velora.gradient == "dense":
+            fail(key, "has no effect with velora.gradient: dense, which has no coefficients")
         return self
 
     @model_validator(mode="after")

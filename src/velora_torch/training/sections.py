@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from velora_torch.config import RECOMMENDED, Purpose
+from velora_torch.config import Purpose, recommended_settings
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -95,10 +95,9 @@ class VeloraSection(Section):
     @model_validator(mode="after")
     def _recommended(self) -> Self:
         if self.recommended is not None:
-            for name, value in RECOMMENDED[self.recommended].items():
-                sized = name == "sub_token_size" and self.num_groups is not None
-                if name not in self.model_fields_set and not sized:
-                    setattr(self, name, value)
+            given = self.model_dump(include=self.model_fields_set)
+            for name, value in recommended_settings(self.recommended, given).items():
+                setattr(self, name, value)
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from velora_torch.memory.count import (
     unique_bytes,
     weight_tensors,
 )
-from velora_torch.model import compressed_layers
+from velora_torch.model import coefficients
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
@@ -71,9 +71,7 @@ class RecordingMixin(VeloraTrainerMixin):
             parts = (p for name in names for p in self.model.get_submodule(name).parameters())
             _give_own_rate(optimizer, parts, self.head_rate)
         if self.coefficient_rate is not None:
-            layers = compressed_layers(self.model).values()
-            coefficients = (p for layer in layers if (p := layer._parameters["coef"]) is not None)
-            _give_own_rate(optimizer, coefficients, self.coefficient_rate)
+            _give_own_rate(optimizer, coefficients(self.model), self.coefficient_rate)
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
