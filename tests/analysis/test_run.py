@@ -142,7 +142,7 @@ def test_numbers_that_are_not_defined_are_null(made, tmp_path):
     ("text", "message"),
     [
         ("{", "not a whole JSON file"),
-        ("[]", "its schema is None"),
+        ("[]", "not an analysis of velora-torch"),
         ('{"schema": "velora-torch/results/1"}', "only 'velora-torch/analysis/1' can be read"),
         ('{"schema": "velora-torch/analysis/1", "stepz": []}', "stepz: not a field"),
     ],

@@ -131,7 +131,16 @@ def test_nothing_to_plot(tmp_path):
 
 def test_names_in_the_plot_cover_neither_each_other_nor_a_point():
     """Nine points, close together, as a table of VTAB may have."""
-    from velora_torch.bench.plot import Point, _axes, _common, _draw_point, _point_box, place_labels
+    from velora_torch.bench.plot import (
+        HEIGHT,
+        WIDTH,
+        Point,
+        _common,
+        _draw_point,
+        _point_box,
+        place_labels,
+    )
+    from velora_torch.report.figures import single
     from velora_torch.report.inline_svg import drawing
 
     points = [
@@ -139,7 +148,7 @@ def test_names_in_the_plot_cover_neither_each_other_nor_a_point():
         for i in range(9)
     ]
     with drawing():
-        figure, axes = _axes("MiB")
+        figure, axes = single(WIDTH, HEIGHT, "memory of a training step, MiB", "average score, %")
         for point in points:
             _draw_point(axes, point)
         axes.margins(x=0.3, y=0.5)

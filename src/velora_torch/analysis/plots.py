@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from velora_torch.analysis.results import Analysis, Curve, Projection, choices_of
 from velora_torch.analysis.rows import mean
 from velora_torch.analysis.summary import common_groups, label_of, middle
-from velora_torch.atomic import write_whole
+from velora_torch.report.figures import blank, write_figure
 from velora_torch.report.inline_svg import (
     BLUE,
     GREEN,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 720  # points
-DPI = 160
 MOST_KINDS = 12
 """Kinds of layers that are drawn; the others are in the tables."""
 COLOURS = {  # way to choose v -> colour; a full mark for one shared vector, an empty one per group
@@ -56,7 +54,7 @@ def draw_all(analysis: Analysis, folder: Path) -> list[str]:
     }
     with drawing():
         for name, draw in plots.items():
-            _save(draw(analysis), folder / name)
+            write_figure(draw(analysis), folder / name)
     return [f"{name}.png" for name in plots]
 
 
@@ -233,18 +231,7 @@ def _groups_axis(axes: Axes, groups: Sequence[int]) -> None:
 
 
 def _figure(height: float, rows: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, row by row; nothing of pyplot's global state is touched."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=5 / 72, h_pad=5 / 72)
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
+    """A figure of so many panels, row by row."""
+    figure = blank(WIDTH, height)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=columns > 2)
     return figure, list(panels.flat)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, facecolor="white", **settings)
-        write_whole(path.with_suffix(f".{suffix}"), buffer.getvalue())

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from velora_torch.atomic import write_whole
-from velora_torch.report.codec import decode, encode
+from velora_torch.report.codec import encode, read_document
 from velora_torch.report.results import RunInfo
 
 SCHEMA = "velora-torch/analysis/1"
@@ -170,14 +168,4 @@ def read_analysis(path: str | os.PathLike[str]) -> Analysis:
     Raises:
         ValueError: it is another file; the message says what is wrong with it.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a whole JSON file (truncated?): {error}") from error
-    schema = document.pop("schema", None) if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: its schema is {schema!r}, and only {SCHEMA!r} can be read here")
-    try:
-        return typing.cast(Analysis, decode(document, Analysis, ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_document(path, SCHEMA, Analysis, "an analysis")

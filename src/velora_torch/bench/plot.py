@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from velora_torch.atomic import write_whole
 from velora_torch.bench.table import Line, Summary
+from velora_torch.report.figures import single, write_figure
 from velora_torch.report.inline_svg import BLUE, GREY, INK, ORANGE, drawing
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 WIDTH, HEIGHT = 640, 420  # points
-DPI = 160
 POINT = 6.0  # half the side of the square that a point keeps free, in points
 FONT = 10.5
 NEAR = 16.0  # a name that is farther away gets a line to its point, in points
@@ -50,7 +48,8 @@ def draw(summary: Summary, path: Path) -> bool:
     if len(points) < 2:
         return False
     with drawing():
-        figure, axes = _axes(unit_name)
+        x = f"memory of a training step, {unit_name}"
+        figure, axes = single(WIDTH, HEIGHT, x, "average score, %")
         _draw_pairs(axes, points)
         for point in points:
             _draw_point(axes, point)
@@ -59,14 +58,6 @@ def draw(summary: Summary, path: Path) -> bool:
         place_labels(figure, axes, points)
         write_figure(figure, path)
     return True
-
-
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write `path`.svg and `path`.png, each whole or not at all."""
-    for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": DPI})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, facecolor="white", **settings)
-        write_whole(path.with_suffix(f".{suffix}"), buffer.getvalue())
 
 
 def _is_whole(line: Line) -> bool:
@@ -85,18 +76,6 @@ def _point(summary: Summary, line: Line, unit: int) -> Point:
 def _unit(sizes: Sequence[float]) -> tuple[int, str]:
     largest = max(sizes, default=0)
     return (1024**3, "GiB") if largest >= 1024**3 else (1024**2, "MiB")
-
-
-def _axes(unit_name: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=6 / 72, h_pad=6 / 72)
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout=layout)
-    axes = figure.add_subplot()
-    axes.set_xlabel(f"memory of a training step, {unit_name}")
-    axes.set_ylabel("average score, %")
-    return figure, axes
 
 
 def _draw_pairs(axes: Axes, points: Sequence[Point]) -> None:

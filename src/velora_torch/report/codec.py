@@ -6,11 +6,43 @@ A number that is not finite is written as `null`, and read as NaN where a number
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+KindT = TypeVar("KindT")
+
+
+def read_document(path: str | os.PathLike[str], schema: str, kind: type[KindT], what: str) -> KindT:
+    """Read a file of a dataclass's fields and of `schema`, which names their meaning.
+
+    Args:
+        path: a JSON file.
+        schema: the one that can be read here.
+        kind: the dataclass.
+        what: what such files are called in an error.
+
+    Raises:
+        ValueError: it is another file; the message says what is wrong with it.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        raise ValueError(f"{path}: not a whole JSON file (truncated?): {error}") from error
+    if not isinstance(document, dict) or "schema" not in document:
+        raise ValueError(f'{path}: not {what} of velora-torch (no "schema" in it)')
+    found = document.pop("schema")
+    if found != schema:
+        raise ValueError(f"{path}: its schema is {found!r}, and only {schema!r} can be read here")
+    try:
+        return typing.cast(KindT, decode(document, kind, ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def encode(value: Any, where: str) -> Any:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from velora_torch.atomic import write_whole
-from velora_torch.report.codec import decode, encode
+from velora_torch.report.codec import encode, read_document
 
 SCHEMA = "velora-torch/results/1"
 
@@ -205,16 +203,4 @@ def write_results(results: Results, path: str | os.PathLike[str]) -> None:
 
 def read_results(path: str | os.PathLike[str]) -> Results:
     """Read a file that `write_results` wrote; a ValueError says what is wrong with any other."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
-        raise ValueError(f"{path}: not a whole JSON file (truncated?): {error}") from error
-    if not isinstance(document, dict) or "schema" not in document:
-        raise ValueError(f'{path}: not a results file of velora-torch (no "schema" in it)')
-    schema = document.pop("schema")
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: its schema is {schema!r}, and only {SCHEMA!r} can be read here")
-    try:
-        return typing.cast(Results, decode(document, Results, ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_document(path, SCHEMA, Results, "a results file")

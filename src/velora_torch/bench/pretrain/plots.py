@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from velora_torch.bench.plot import HEIGHT, WIDTH, Point, place_labels, write_figure
+from velora_torch.bench.plot import HEIGHT, WIDTH, Point, place_labels
 from velora_torch.bench.pretrain.table import Line
+from velora_torch.report.figures import single, write_figure
 from velora_torch.report.inline_svg import BLUE, ORANGE, drawing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MIB = 2**20
+PERPLEXITY = "held-out perplexity"
 
 
 def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
@@ -38,24 +39,12 @@ def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
     return drawn
 
 
-def _axes(x: str, y: str = "held-out perplexity") -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=6 / 72, h_pad=6 / 72)
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout=layout)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes
-
-
 def _against_tokens(lines: Sequence[Line]) -> Figure | None:
     """A curve for each method; names in a legend, the best at the end on top."""
     with_curve = [line for line in lines if len(line.curve) > 1]
     if not with_curve:
         return None
-    figure, axes = _axes("million tokens")
+    figure, axes = single(WIDTH, HEIGHT, "million tokens", PERPLEXITY)
     ordered = sorted(with_curve, key=lambda line: line.curve[-1][1])
     marks = "osD^v<>P*Xhd"
     for number, line in enumerate(ordered):
@@ -97,7 +86,7 @@ def _points(
             points.append(Point(line.variant.name, line.variant.label, *at, error, None))
     if len(points) < 2:
         return None
-    figure, axes = _axes(name)
+    figure, axes = single(WIDTH, HEIGHT, name, PERPLEXITY)
     for point in points:
         axes.errorbar(
             point.memory,

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from velora_torch.bench.plot import write_figure
 from velora_torch.bench.speed.cases import Case
 from velora_torch.bench.speed.rows import SpeedRow
 from velora_torch.bench.speed.table import Found, newest
 from velora_torch.bench.speed.variants import variants_of
+from velora_torch.report.figures import blank, write_figure
 from velora_torch.report.inline_svg import BLUE, GREY, INK, ORANGE, drawing
 
 if TYPE_CHECKING:
@@ -35,11 +35,7 @@ def draw(found: Found, cases: Sequence[Case], path: Path) -> bool:
     rows = {case.name: newest(found[case.name]) for case in models}
     heights = [BAR * len(rows[case.name]) + HEAD for case in models]
     with drawing():
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-        layout = ConstrainedLayoutEngine(w_pad=6 / 72, h_pad=5 / 72)
-        figure = Figure(figsize=(WIDTH / 72, (sum(heights) + HEAD) / 72), layout=layout)
+        figure = blank(WIDTH, sum(heights) + HEAD)
         panels = figure.subplots(len(models), squeeze=False, height_ratios=heights)[:, 0]
         for axes, case in zip(panels, models, strict=True):
             _panel(axes, case, rows[case.name])
