@@ -3,7 +3,8 @@
     python benchmarks/choose_rates.py vtab|glue|alpaca|pretrain [--part 1/2] [--table]
 
 VTAB-1k's way of choosing: methods of the bench, at several learning rates, on some of its tasks;
-the test examples are not seen. Pre-training holds out other documents than the bench does. One row
+the test examples are not seen. Pre-training has half of the bench's tokens, and holds out other
+documents. One row
 for each run in benchmarks/results/choose_rates.jsonl; finished rows are skipped. --table prints the
 scores. The rates chosen (best mean score) stand in src/velora_torch/bench/; a variant that has no
 rates here takes those of the method it varies.
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from velora_torch.bench.catalogue import BENCHES
+from velora_torch.bench.pretrain import protocol
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.run import Options, run
 
@@ -47,18 +49,6 @@ RATES = {
         "coefficients-nf4": (1e-3, 3e-3),
         "full": (1e-4, 2e-4, 5e-4),
     },
-    "pretrain": {
-        "full": (1e-3, 2e-3, 4e-3),
-        "lora": (2e-3, 4e-3, 8e-3),
-        "galore": (5e-3, 1e-2, 2e-2),
-        "apollo": (5e-3, 1e-2, 2e-2),
-        "flora": (1e-3, 2e-3, 4e-3),
-        "velora-value-down": (1e-3, 2e-3, 4e-3),
-        "velora-not-qk": (2e-3, 4e-3),
-        "velora-all": (2e-3, 4e-3, 8e-3),
-        "velora-all-average": (1e-3, 2e-3, 4e-3),
-        "velora-all-m32": (4e-3, 8e-3),
-    },
 }
 TASKS = {
     "glue": ("trec-50", "vader"),
@@ -74,6 +64,21 @@ COEFFICIENT_RATES = {
     },
 }
 """Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
+FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
+    "full": ((1e-3, None), (2e-3, None), (4e-3, None)),
+    "velora-all": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3), (2e-3, 1.6e-2)),
+    "velora-value-down": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
+    "velora-not-qk": ((2e-3, 4e-3), (2e-3, 8e-3)),
+    "galore": ((2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
+    "apollo": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
+    "lora": ((2e-3, None), (4e-3, None), (8e-3, None)),
+    "flora": ((2e-3, 5e-4), (2e-3, 1e-3), (2e-3, 2e-3)),
+    "velora-all-average": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
+    "velora-all-m4": ((2e-3, 4e-3), (2e-3, 8e-3)),
+    "velora-all-m16": ((2e-3, 8e-3), (2e-3, 1.6e-2)),
+    "velora-all-m32": ((2e-3, 8e-3), (2e-3, 1.6e-2)),
+}
+"""Pre-training: the rate of the rest, and that of what the method trains in a smaller form."""
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches."""
@@ -85,6 +90,8 @@ Cell = tuple[str, str, float | None, float | None]
 
 def lines(bench: str) -> list[tuple[str, float | None, float | None]]:
     """What is tried on each task: variant and its two rates."""
+    if bench == "pretrain":
+        return [(v, *pair) for v, pairs in FROM_SCRATCH.items() for pair in pairs]
     both = [(v, rate, None) for v, rates in RATES[bench].items() for rate in rates]
     own = COEFFICIENT_RATES.get(bench, {}).items()
     return [*both, *((v, None, rate) for v, rates in own for rate in rates)]
@@ -97,21 +104,25 @@ def cells(bench: str) -> list[Cell]:
 def measure(
     bench: str, task: str, variant: str, rate: float | None, coefficients: float | None
 ) -> dict:
-    recipe = BENCHES[bench].scales["local"].recipe(task, variant, SEED)
-    held_out: dict = {"seed": SEED}  # of the split
-    if bench != "pretrain":
+    if bench == "pretrain":
+        assert rate is not None
+        recipe = protocol.local_recipe(task, variant, SEED, protocol.Rates(rate, coefficients))
+        recipe["train"]["tokens"] //= 2
+        held_out: dict = {"seed": SEED}  # of the split
+    else:
+        recipe = BENCHES[bench].scales["local"].recipe(task, variant, SEED)
         held_out = {
             "max_train": TRAIN,
             "max_eval": CHOOSE,
             "eval_split": "train",
             "eval_fraction": CHOOSE / (TRAIN + CHOOSE),
         }
+        if rate is not None:
+            recipe["train"]["learning_rate"] = rate
+        if coefficients is not None:
+            recipe["train"]["coefficient_learning_rate"] = coefficients
     with tempfile.TemporaryDirectory() as output:
         train = {**recipe["train"], "output": output}
-        if rate is not None:
-            train["learning_rate"] = rate
-        if coefficients is not None:
-            train["coefficient_learning_rate"] = coefficients
         data = {**recipe["data"], **held_out}
         checked = Recipe.model_validate({**recipe, "data": data, "train": train})
         results = run(checked, Options(overwrite=True, report=False), lambda line: None)
@@ -161,7 +172,7 @@ def table(bench: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bench", choices=list(RATES))
+    parser.add_argument("bench", choices=list(TASKS))
     parser.add_argument("--part", default="1/1", help="such as 1/2: every second run")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()

@@ -7,6 +7,7 @@ English documentation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,42 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compressed, by variant."""
 
+PROJECTING = {"galore": "galore_adamw", "apollo": "apollo_adamw", "flora": "flora"}
+"""Optimizers that keep their state in a subspace, by variant."""
 WIDTHS = {"llama-3m": 256, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
 PROJECTION_GAP = 200  # GaLore's setting for C4; APOLLO and FLoRA take the same
-LEARNING_RATES: dict[str, dict[str, float]] = {
-    # To be chosen by benchmarks/choose_rates.py on other held-out text, with seed 100.
-    "llama-3m": dict.fromkeys(METHODS, 2e-3) | {"galore": 1e-2, "apollo": 1e-2, "lora": 4e-3},
-    "llama-15m": dict.fromkeys(METHODS, 1e-3) | {"galore": 1e-2, "apollo": 1e-2, "lora": 2e-3},
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a run."""
+
+    rest: float
+    """Of embeddings, norms, the head, and matrices that are trained as they are."""
+    own: float | None = None
+    """Of what a method trains in a smaller form: coefficients, projected gradients. None: as the
+    rest."""
+
+
+# To be chosen by benchmarks/choose_rates.py on other held-out text, with seed 100.
+LOCAL_RATES: dict[str, dict[str, Rates]] = {
+    "llama-3m": dict.fromkeys(METHODS, Rates(2e-3)),
+    "llama-15m": dict.fromkeys(METHODS, Rates(2e-3)),
 }
 
 
-def method(variant: str, model: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def method(
+    variant: str, model: str, seed: int, rates: Rates
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a variant: those of the recipe's top level, and those of `train`."""
     rank = WIDTHS[model] // 4  # GaLore's: 128 of 512, 256 of 768 (a third there)
     top: dict[str, Any] = {"method": "full", **with_seed(METHODS[variant], seed)}
-    train: dict[str, Any] = {"optimizer": "adamw_torch_fused"}
-    projected = {"optimizer_targets": ALL_LINEAR}
+    train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
+    # The low-rank optimizers multiply their updates by a scale: a rate of their own.
+    scale = 1.0 if rates.own is None else rates.own / rates.rest
+    projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "scale": scale}
+    if METHODS[variant]["velora"] is not None:
+        train["coefficient_learning_rate"] = rates.own
     if variant.endswith("-gc"):
         train["gradient_checkpointing"] = True
     elif variant == "full-8bit":
@@ -91,25 +113,22 @@ def method(variant: str, model: str, seed: int) -> tuple[dict[str, Any], dict[st
             "method": "lora",
             "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
         }
-    elif variant == "galore":
-        settings = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "scale": 0.25}
-        train |= {"optimizer": "galore_adamw", "optimizer_settings": settings, **projected}
-    elif variant == "apollo":
-        settings = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "scale": 1.0}
-        train |= {"optimizer": "apollo_adamw", "optimizer_settings": settings, **projected}
-    elif variant == "flora":
-        settings = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "seed": seed}
-        train |= {"optimizer": "flora", "optimizer_settings": settings, **projected}
+    elif variant in PROJECTING:
+        train |= {
+            "optimizer": PROJECTING[variant],
+            "optimizer_targets": ALL_LINEAR,
+            "optimizer_settings": projected | ({"seed": seed} if variant == "flora" else {}),
+        }
     return top, train
 
 
-LOCAL_STEPS = {"llama-3m": 600, "llama-15m": 600}
-LOCAL_BATCH, LOCAL_LENGTH = 16, 256
+LOCAL_STEPS = {"llama-3m": 600, "llama-15m": 400}
+LOCAL_BATCH, LOCAL_LENGTH = 16, 128
 
 
-def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
-    """A cell for two CPU cores."""
-    top, train = method(variant, task, seed)
+def local_recipe(task: str, variant: str, seed: int, rates: Rates | None = None) -> dict[str, Any]:
+    """A cell for two CPU cores; with other learning rates than the chosen ones, if given."""
+    top, train = method(variant, task, seed, rates or LOCAL_RATES[task][variant])
     return {
         **top,
         "task": "pretrain",
@@ -126,7 +145,6 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             **_optimisation(seed),
             "tokens": LOCAL_STEPS[task] * LOCAL_BATCH * LOCAL_LENGTH,
             "batch_size": LOCAL_BATCH,
-            "learning_rate": LEARNING_RATES[task][variant],
             "eval_every": LOCAL_STEPS[task] // 6,
             "autocast": True,
         },
@@ -136,12 +154,16 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
 
 PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, which T4 takes
 PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
-PAPER_RATES = {"galore": 1e-2, "apollo": 1e-2, "velora-paper": 1e-2}  # their own; 1e-3 else
+PAPER_RATES = {  # as published; 1e-3 else
+    "galore": Rates(1e-2, 0.25 * 1e-2),
+    "apollo": Rates(1e-2),
+    "velora-paper": Rates(1e-2),
+}
 
 
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
-    top, train = method(variant, task, seed)
+    top, train = method(variant, task, seed, PAPER_RATES.get(variant, Rates(1e-3)))
     return {
         **top,
         "task": "pretrain",
@@ -160,7 +182,6 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             "tokens": PAPER_TOKENS[task],
             "batch_size": PAPER_BATCH,
             "accumulation": PAPER_ACCUMULATION,
-            "learning_rate": PAPER_RATES.get(variant, 1e-3),
             "eval_every": 1000,
         },
         "evaluate": {"before": False, "batch_size": 64},
