@@ -66,17 +66,15 @@ COEFFICIENT_RATES = {
 """Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
 FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     "full": ((1e-3, None), (2e-3, None), (4e-3, None)),
-    "velora-all": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3), (2e-3, 1.6e-2)),
-    "velora-value-down": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
-    "velora-not-qk": ((2e-3, 4e-3), (2e-3, 8e-3)),
-    "galore": ((2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
+    "velora-all": ((2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
+    "velora-value-down": ((2e-3, 2e-3), (2e-3, 1e-3), (2e-3, 4e-3)),
+    "velora-not-qk": ((2e-3, 2e-3), (2e-3, 1e-3)),
+    "galore": ((2e-3, 2e-3), (2e-3, 1e-3), (2e-3, 4e-3)),
+    "lora": ((2e-3, None), (4e-3, None)),
     "apollo": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
-    "lora": ((2e-3, None), (4e-3, None), (8e-3, None)),
-    "flora": ((2e-3, 5e-4), (2e-3, 1e-3), (2e-3, 2e-3)),
-    "velora-all-average": ((2e-3, 2e-3), (2e-3, 4e-3), (2e-3, 8e-3)),
-    "velora-all-m4": ((2e-3, 4e-3), (2e-3, 8e-3)),
-    "velora-all-m16": ((2e-3, 8e-3), (2e-3, 1.6e-2)),
-    "velora-all-m32": ((2e-3, 8e-3), (2e-3, 1.6e-2)),
+    "flora": ((2e-3, 2e-3), (2e-3, 1e-3), (2e-3, 5e-4)),
+    "velora-all-average": ((2e-3, 2e-3), (2e-3, 1e-3)),
+    "velora-all-m32": ((2e-3, 2e-3), (2e-3, 1e-3)),
 }
 """Pre-training: the rate of the rest, and that of what the method trains in a smaller form."""
 TRAIN, CHOOSE = 800, 200

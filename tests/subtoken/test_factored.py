@@ -32,6 +32,28 @@ def test_project_is_equation_1(features: int, groups: int, size: int, dtype: tor
     assert_close(z_TG, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("features", "groups", "size"), SIZES)
+def test_project_on_a_shared_vector(features: int, groups: int, size: int, dtype: torch.dtype):
+    x = torch.randn(2, 3, features).to(dtype)
+    v_GM = torch.randn(1, size, dtype=torch.float64).repeat(groups, 1)
+    v_GM[features // size :] = 0  # the last group has a vector of its own: cut, and a unit vector
+    if features % size:
+        v_GM[features // size, : features % size] = torch.randn(features % size).double()
+    z_TG = factored.project(x, v_GM, shared=True)
+    expected = reference.compress(x.reshape(6, -1).double(), v_GM)
+    assert_close(z_TG, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7])
+def test_project_in_chunks(tokens: int, monkeypatch):
+    monkeypatch.setattr(factored, "CHUNK", 24)  # two tokens
+    x = torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True)
+    v_GM = torch.randn(4, 3, dtype=torch.float64)
+    assert_close(factored.project(x, v_GM), reference.compress(x.detach(), v_GM), 1e-12)
+    assert torch.autograd.gradcheck(lambda x: factored.project(x, v_GM), (x,))
+
+
 @pytest.mark.parametrize(("features", "groups", "size"), SIZES)
 def test_project_of_no_tokens(features: int, groups: int, size: int):
     assert factored.project(torch.zeros(0, features), torch.ones(groups, size)).shape == (0, groups)

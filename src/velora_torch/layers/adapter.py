@@ -164,13 +164,14 @@ class CompressedAdapter(nn.Module):
         if not site.drawn:  # evaluation before training
             return None
         v, scale = site.vectors, state.config.scale
+        shared = state.config.vectors == "shared"
         if product.kind == "scale":
             x = x.to(torch.result_type(x, product.operand))
-            z = project(x.detach(), v)
+            z = project(x.detach(), v, shared)
             gamma_D = product.operand.reshape(-1)
             y: Tensor = CompressedScaleShift.apply(x, gamma_D, None, z, v, scale, -1, state.name)
             return y
-        z = project(x.detach(), v).to(_compute_dtype(x))
+        z = project(x.detach(), v, shared).to(_compute_dtype(x))
         transposed = product.kind == "matmul"
         if not x.requires_grad:
             weight = product.operand.t() if transposed else product.operand

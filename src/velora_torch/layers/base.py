@@ -130,6 +130,11 @@ class CompressedLayer(PlainOutside):
         return ExposedWeight.apply(weight, coef, self, self.velora.config.scale, self.transposed)
 
     @property
+    def shared(self) -> bool:
+        """Whether all groups have the same vector."""
+        return self.velora.config.vectors == "shared"
+
+    @property
     def direction_GM(self) -> Tensor:
         """e: what the coefficients multiply when they are folded, (G, M)."""
         v = self.velora_vectors
@@ -160,10 +165,11 @@ class CompressedLayer(PlainOutside):
             y = apply_linear(x, weight, bias, self.transposed)
             if e is None or coef is None:
                 return y
-            return y + F.linear(project(x, e), coef.to(x.dtype)).view(y.shape).to(y.dtype)
+            pending = F.linear(project(x, e, self.shared), coef.to(x.dtype))
+            return y + pending.view(y.shape).to(y.dtype)
         z = None
         if state.drawn or no_tokens or x.numel() == 0:  # checkpointing must save the same again
-            z = project(x.detach(), self.velora_vectors).to(_compute_dtype(x))
+            z = project(x.detach(), self.velora_vectors, self.shared).to(_compute_dtype(x))
         v = self.velora_vectors if coef is None else None
         return factored_linear(
             x, weight, bias, coef, z, v, e, state.config.scale, self.transposed, state.name

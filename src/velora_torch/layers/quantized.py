@@ -278,13 +278,14 @@ class CompressedQuantized(CompressedLayer):
         if not trains:
             if e is None:
                 return y
-            return y + F.linear(project(x, e), coef.to(x.dtype)).view(y.shape).to(y.dtype)
+            pending = F.linear(project(x, e, self.shared), coef.to(x.dtype))
+            return y + pending.view(y.shape).to(y.dtype)
         z = p = None
         with torch.no_grad():
             if state.drawn or x.numel() == 0:
-                z = project(x, self.velora_vectors).to(_compute_dtype(x))
+                z = project(x, self.velora_vectors, self.shared).to(_compute_dtype(x))
             if e is not None:
-                p = z if z is not None and state.direction == "v" else project(x, e)
+                p = z if z is not None and state.direction == "v" else project(x, e, self.shared)
         return AddCoefficients.apply(y, x, coef, z, p, e, state.config.scale, state.name)
 
     @torch.no_grad()

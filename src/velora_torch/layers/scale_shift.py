@@ -104,7 +104,7 @@ class CompressedScaleShift(CompressedLayer):
             self.draw(tokens)
         z = None
         if state.drawn or x.numel() == 0:
-            z = project(tokens, self.velora_vectors).to(_compute_dtype(x))
+            z = project(tokens, self.velora_vectors, self.shared).to(_compute_dtype(x))
         y: Tensor = Compressed.apply(
             x, weight, bias, z, self.velora_vectors, state.config.scale, self.dim, state.name
         )

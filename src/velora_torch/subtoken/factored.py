@@ -19,12 +19,13 @@ from torch.autograd.function import Function
 from torch.nn import functional as F
 
 
-def project(x: Tensor, v_GM: Tensor) -> Tensor:
+def project(x: Tensor, v_GM: Tensor, shared: bool = False) -> Tensor:
     """z[t, g] = sum over m of x[t, g, m] v[g, m] (paper, equation 1), without a copy of x.
 
     Args:
         x: (..., D), D <= G * M; features beyond D count as zero.
         v_GM: (G, M); cast to the type of x.
+        shared: all whole groups have the same vector, so that sub-tokens are rows of one product.
 
     Returns:
         (T, G), T the product of all leading dimensions.
@@ -35,15 +36,32 @@ def project(x: Tensor, v_GM: Tensor) -> Tensor:
     v_GM = v_GM.to(x.dtype)
     full = features // size
     if full == groups:
-        return torch.einsum("tgm,gm->tg", x_TD.unflatten(1, (groups, size)), v_GM)
+        return _whole_groups(x_TD, v_GM, shared)
     z_TG = x_TD.new_zeros(x_TD.shape[0], groups)
     if full:
-        whole = x_TD[:, : full * size].unflatten(1, (full, size))
-        z_TG[:, :full] = torch.einsum("tgm,gm->tg", whole, v_GM[:full])
+        z_TG[:, :full] = _whole_groups(x_TD[:, : full * size], v_GM[:full], shared)
     rest = features - full * size
     if rest:
         z_TG[:, full] = x_TD[:, full * size :] @ v_GM[full, :rest]
     return z_TG
+
+
+CHUNK = 1 << 18
+"""Features multiplied at a time where the products are written out, so that they stay in cache."""
+
+
+def _whole_groups(x_TD: Tensor, v_GM: Tensor, shared: bool) -> Tensor:
+    """`project` of D = G * M features."""
+    groups, size = v_GM.shape
+    x_TGM = x_TD.unflatten(1, (groups, size))
+    if shared and x_TD.is_contiguous():
+        return (x_TGM.flatten(0, 1) @ v_GM[0].unsqueeze(1)).view(-1, groups)
+    slow = x_TD.device.type == "cpu" and x_TD.dtype in (torch.float32, torch.float64)
+    if not slow or torch.compiler.is_compiling():
+        return torch.einsum("tgm,gm->tg", x_TGM, v_GM)
+    # A batched product of thin matrices takes several times as long as this on a CPU.
+    rows = max(1, CHUNK // (groups * size))
+    return torch.cat([(part * v_GM).sum(dim=2) for part in x_TGM.split(rows)])
 
 
 def contract(dW_OD: Tensor, v_GM: Tensor) -> Tensor:

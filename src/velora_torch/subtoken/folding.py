@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velora_torch.subtoken.factored import expand
 
-CHUNK = {"cpu": 1 << 17}
+CHUNK = {"cpu": 1 << 19}
 """Weights handled at a time, so that the temporary stays in cache (CPU) or small (GPU)."""
 DEFAULT_CHUNK = 1 << 24
 

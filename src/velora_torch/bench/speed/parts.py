@@ -65,8 +65,8 @@ def _product(workload: Workload) -> Compute:
 
 
 def _projection(workload: Workload) -> Compute:
-    v_GM, x_TD = _layer(workload).velora_vectors, workload.inputs["x"]
-    return lambda: project(x_TD, v_GM)
+    layer, x_TD = _layer(workload), workload.inputs["x"]
+    return lambda: project(x_TD, layer.velora_vectors, layer.shared)
 
 
 def _input_gradient(workload: Workload) -> Compute:
