@@ -185,6 +185,36 @@ def test_coefficients_may_have_a_rate_of_their_own(method, places, tmp_path):
     assert sorted(everything) == sorted(id(p) for p in named.values() if p.requires_grad)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layers_may_have_rates_of_their_own(method, places, tmp_path):
+    recipe = recipe_for(method, "language-modeling", places, tmp_path / "run")
+    pattern = r".*layers\.0\.(self_attn\.q_proj|mlp\.(up|down)_proj)"
+    recipe["train"] |= {"learning_rates": {pattern: 0.5}, "weight_decay": 0.1}
+    assembled = assemble(Recipe.model_validate(recipe), lambda line: None)
+    groups = assembled.make_optimizer().param_groups
+    named = {n: p for n, p in assembled.model.named_parameters() if p.requires_grad}
+    own = {n for n in named if ".0." in n and any(f"{k}_proj" in n for k in ("q", "up", "down"))}
+    assert own
+    for rate, names in ((0.5, own), (recipe["train"]["learning_rate"], set(named) - own)):
+        found = [id(p) for group in groups if group["lr"] == rate for p in group["params"]]
+        assert sorted(found) == sorted(id(named[n]) for n in names)
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ({"layer.(": 1e-3}, r"'layer\.\(' is no regular expression"),
+        ({".*q_proj": 0}, "greater than 0"),
+        ({".*no_such": 1e-3}, r"no layer whose full name matches '\.\*no_such' trains"),
+    ],
+)
+def test_wrong_rates_of_layers_are_refused(rates, words, places, tmp_path):
+    recipe = recipe_for("full", "language-modeling", places, tmp_path / "run")
+    recipe["train"]["learning_rates"] = rates
+    with pytest.raises(ValueError, match=words):
+        assemble(Recipe.model_validate(recipe), lambda line: None)
+
+
 def test_a_rate_for_coefficients_of_a_method_without_any_is_refused(places, tmp_path):
     recipe = recipe_for("ssf", "image-classification", places, tmp_path / "run")
     recipe["train"] |= {"coefficient_learning_rate": 0.5}

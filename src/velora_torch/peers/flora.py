@@ -34,8 +34,7 @@ class Flora(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled.
 
-    A group with ``rank`` may also have ``update_proj_gap`` (κ, 200 by default), ``seed``, and
-    ``scale``, which multiplies its updates (1 by default).
+    A group with ``rank`` may also have ``update_proj_gap`` (κ, 200 by default) and ``seed``.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class Flora(Optimizer):
                 raise ValueError(f"rank must be at least 1, got {rank}")
             group.setdefault("update_proj_gap", 200)
             group.setdefault("seed", number)
-            group.setdefault("scale", 1.0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -70,7 +68,7 @@ class Flora(Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 compressed = group.get("rank") is not None and p.ndim == 2
                 move = self._compressed(p, group, place) if compressed else self._adam(p, group)
-                p.sub_((group["lr"] * group["scale"] * move).to(p.dtype))
+                p.sub_((group["lr"] * move).to(p.dtype))
         return loss
 
     def _compressed(self, p: Tensor, group: dict[str, Any], place: int) -> Tensor:

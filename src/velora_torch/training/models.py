@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch import nn
 
 from velora_torch.config import VeloraConfig
 from velora_torch.model import coefficients, compress
@@ -160,6 +163,19 @@ def compress_for(recipe: Recipe, model: Any) -> Any:
     return model
 
 
+def parameters_in(model: nn.Module, pattern: str) -> Iterator[nn.Parameter]:
+    """Parameters of all layers whose full name a regular expression matches, as a whole."""
+    for name, module in model.named_modules():
+        if re.fullmatch(pattern, name):
+            yield from module.parameters()
+
+
+def _a_name(model: nn.Module) -> str:
+    """The last layer of a model that trains something."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return trained[-1].rpartition(".")[0]
+
+
 def save_memory(recipe: Recipe, model: Any) -> Any:
     """Recompute, compress and checkpoint as the recipe says.
 
@@ -176,6 +192,12 @@ def save_memory(recipe: Recipe, model: Any) -> Any:
             f"train.coefficient_learning_rate: nothing that method: {recipe.method} trains has "
             f"coefficients; remove it"
         )
+    for pattern in train.learning_rates:
+        if not any(p.requires_grad for p in parameters_in(model, pattern)):
+            raise ModelError(
+                f"train.learning_rates: no layer whose full name matches {pattern!r} trains "
+                f"anything; names are such as {_a_name(model)!r}"
+            )
     every = train.gradient_checkpointing
     if every and every is not True:
         try:

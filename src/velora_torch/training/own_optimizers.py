@@ -12,7 +12,7 @@ from velora_torch.training.sections import TrainSection
 
 OWN_OPTIMIZERS = ("flora",)
 """Names that `train.optimizer` takes besides those of transformers."""
-SETTINGS = ("rank", "update_proj_gap", "scale", "seed")
+SETTINGS = ("rank", "update_proj_gap", "seed")
 
 
 class OptimizerError(ValueError):

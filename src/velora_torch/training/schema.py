@@ -6,6 +6,7 @@ The sections are in `sections.py`; files and overrides are read in `recipe.py`.
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -232,6 +233,15 @@ class Recipe(Section):
             fail(key, "has no effect without velora, which is null")
         if self.velora.gradient == "dense":
             fail(key, "has no effect with velora.gradient: dense, which has no coefficients")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_of_layers(self) -> Self:
+        for pattern in self.train.learning_rates:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                fail("train.learning_rates", f"{pattern!r} is no regular expression: {error}")
         return self
 
     @model_validator(mode="after")

@@ -283,6 +283,9 @@ class TrainSection(Section):
     """That of the head which a task adds, new and random; null: the same."""
     coefficient_learning_rate: float | None = Field(default=None, gt=0)
     """That of VeLoRA's coefficients (factored gradients); null: the same."""
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Rates of some layers: regular expressions over full names, each with the rate of all that
+    trains in such a layer; the two rates above go before them."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up."""
     warmup: Natural | Annotated[float, Field(ge=0, lt=1)] = 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
 from velora_torch.training.methods import head_of
+from velora_torch.training.models import parameters_in
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
@@ -58,6 +59,8 @@ class RecordingMixin(VeloraTrainerMixin):
     head: tuple[str, ...] = ()
     coefficient_rate: float | None = None
     """Learning rate of the compressed layers' coefficients, where it differs."""
+    layer_rates: Mapping[str, float] = MappingProxyType({})
+    """Learning rates of layers, by a regular expression over their full names."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with parameter groups for what has a rate of its own."""
@@ -65,6 +68,8 @@ class RecordingMixin(VeloraTrainerMixin):
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        for pattern, rate in self.layer_rates.items():
+            _give_own_rate(optimizer, parameters_in(self.model, pattern), rate)
         if self.head_rate is not None:
             # PEFT puts a prefix before the names.
             names = [n for n, _ in self.model.named_modules() if n.endswith(self.head)]
@@ -317,5 +322,6 @@ def build_trainer(
     if recipe.train.head_learning_rate is not None:
         trainer.head_rate = recipe.train.head_learning_rate
         trainer.head = tuple(head_of(_plain(model), recipe) or ())
+    trainer.layer_rates = recipe.train.learning_rates
     trainer.coefficient_rate = recipe.train.coefficient_learning_rate
     return trainer

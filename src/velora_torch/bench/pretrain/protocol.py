@@ -79,10 +79,10 @@ class Rates:
     """Learning rates of a run."""
 
     rest: float
-    """Of embeddings, norms, the head, and matrices that are trained as they are."""
-    own: float | None = None
-    """Of what a method trains in a smaller form: coefficients, projected gradients. None: as the
-    rest."""
+    """Of embeddings, norms and the output head."""
+    linear: float | None = None
+    """Of the blocks' linear layers, in whatever form they are trained: weights, coefficients,
+    adapters, projected gradients. None: as the rest."""
 
 
 # To be chosen by benchmarks/choose_rates.py on other held-out text, with seed 100.
@@ -93,17 +93,18 @@ LOCAL_RATES: dict[str, dict[str, Rates]] = {
 
 
 def method(
-    variant: str, model: str, seed: int, rates: Rates
+    variant: str, model: str, seed: int, rates: Rates, scale: float = 1.0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a variant: those of the recipe's top level, and those of `train`."""
+    """The settings of a variant: those of the recipe's top level, and those of `train`.
+
+    `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers.
+    """
     rank = WIDTHS[model] // 4  # GaLore's: 128 of 512, 256 of 768 (a third there)
     top: dict[str, Any] = {"method": "full", **with_seed(METHODS[variant], seed)}
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
-    # The low-rank optimizers multiply their updates by a scale: a rate of their own.
-    scale = 1.0 if rates.own is None else rates.own / rates.rest
-    projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "scale": scale}
-    if METHODS[variant]["velora"] is not None:
-        train["coefficient_learning_rate"] = rates.own
+    if rates.linear is not None:
+        train["learning_rates"] = {ALL_LINEAR: rates.linear}
+    projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
     if variant.endswith("-gc"):
         train["gradient_checkpointing"] = True
     elif variant == "full-8bit":
@@ -117,7 +118,8 @@ def method(
         train |= {
             "optimizer": PROJECTING[variant],
             "optimizer_targets": ALL_LINEAR,
-            "optimizer_settings": projected | ({"seed": seed} if variant == "flora" else {}),
+            "optimizer_settings": projected
+            | ({"seed": seed} if variant == "flora" else {"scale": scale}),
         }
     return top, train
 
@@ -154,16 +156,13 @@ def local_recipe(task: str, variant: str, seed: int, rates: Rates | None = None)
 
 PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, which T4 takes
 PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
-PAPER_RATES = {  # as published; 1e-3 else
-    "galore": Rates(1e-2, 0.25 * 1e-2),
-    "apollo": Rates(1e-2),
-    "velora-paper": Rates(1e-2),
-}
+PAPER_RATES = {"galore": 1e-2, "apollo": 1e-2, "velora-paper": 1e-2}  # their own; 1e-3 else
 
 
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
-    top, train = method(variant, task, seed, PAPER_RATES.get(variant, Rates(1e-3)))
+    rates = Rates(PAPER_RATES.get(variant, 1e-3))
+    top, train = method(variant, task, seed, rates, scale=0.25 if variant == "galore" else 1.0)
     return {
         **top,
         "task": "pretrain",
