@@ -65,16 +65,23 @@ COEFFICIENT_RATES = {
 }
 """Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
 FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
-    "full": ((2e-3, 1e-3), (2e-3, 5e-4), (4e-3, 1e-3), (1e-3, None), (2e-3, None), (4e-3, None)),
-    "velora-all": ((2e-3, 1e-3), (2e-3, 5e-4), (4e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
-    "velora-value-down": ((2e-3, 1e-3), (2e-3, 5e-4)),
-    "velora-not-qk": ((2e-3, 1e-3), (2e-3, 5e-4)),
-    "galore": ((2e-3, 1e-3), (2e-3, 5e-4), (2e-3, 2e-3)),
-    "lora": ((2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 4e-3)),
-    "apollo": ((2e-3, 1e-3), (2e-3, 2e-3), (2e-3, 5e-4)),
-    "flora": ((2e-3, 1e-3), (2e-3, 5e-4), (2e-3, 2.5e-4)),
-    "velora-all-average": ((2e-3, 1e-3), (2e-3, 5e-4)),
-    "velora-all-m32": ((2e-3, 1e-3), (2e-3, 5e-4)),
+    "full": (
+        *((rate, None) for rate in (1e-3, 2e-3, 4e-3)),
+        *((2e-3, rate) for rate in (5e-4, 1e-3)),
+        *((4e-3, rate) for rate in (5e-4, 1e-3)),
+        (8e-3, 5e-4),
+        *((1.6e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+        (3.2e-2, 1e-3),
+    ),
+    "velora-all": ((1.6e-2, 1e-3), (1.6e-2, 5e-4), (1.6e-2, 2e-3)),
+    "velora-value-down": ((1.6e-2, 5e-4), (1.6e-2, 1e-3)),
+    "galore": ((1.6e-2, 1e-3), (1.6e-2, 5e-4), (1.6e-2, 2e-3)),
+    "velora-not-qk": ((1.6e-2, 1e-3), (1.6e-2, 5e-4)),
+    "apollo": ((1.6e-2, 1e-3), (1.6e-2, 2e-3)),
+    "velora-all-average": ((1.6e-2, 1e-3), (1.6e-2, 5e-4)),
+    "lora": ((1.6e-2, 1e-3), (1.6e-2, 2e-3)),
+    "flora": ((1.6e-2, 5e-4), (1.6e-2, 2.5e-4)),
+    "velora-all-m32": ((1.6e-2, 1e-3), (1.6e-2, 2e-3)),
 }
 """Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
 TRAIN, CHOOSE = 800, 200

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-Init = Literal["average", "running_average", "batch_average", "random", "svd"]
+Init = Literal["average", "running_average", "batch_average", "random", "rademacher", "svd"]
 Vectors = Literal["shared", "per_group"]
 Gradient = Literal["factored", "dense"]
 Rounding = Literal["stochastic", "nearest"]
@@ -18,6 +18,8 @@ Purpose = Literal["lora", "full"]
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 DEFAULT_NUM_GROUPS = 32
+RANDOM: tuple[Init, ...] = ("random", "rademacher")
+"""Choices of v that need no data."""
 
 RECOMMENDED: dict[Purpose, dict[str, Any]] = {
     "lora": {
@@ -62,8 +64,10 @@ class VeloraConfig:
     init: Init = "average"
     """How v is chosen: ``average`` (mean sub-token of the first training batch, then fixed: the
     paper's choice), ``running_average`` (of all batches so far), ``batch_average`` (of each step's
-    first batch), ``random`` (seeded) or ``svd`` (first right singular vector of a sub-sample of
-    the first batch). Paper, section 3 and table 6."""
+    first batch), ``random`` (seeded, Gaussian), ``rademacher`` (seeded, entries ±1/√M: Adam and its
+    kin move weights along sign(v), which is v itself then) or ``svd`` (first right singular vector
+    of a sub-sample of the first batch). Paper, section 3 and table 6; ``rademacher`` is not in
+    it."""
 
     vectors: Vectors = "shared"
     """One v for all groups of a layer (paper), or a v of its own ``per_group``."""

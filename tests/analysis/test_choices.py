@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,19 +11,23 @@ from tests import tiny_models
 from tests.closeness import assert_close
 from velora_torch import VeloraConfig, compress
 from velora_torch.analysis.choices import Choice, LayerVectors, choices
+from velora_torch.config import Init
 
 ALL = choices([0, 3])
 
 
 def test_every_choice_of_the_configuration_is_there():
-    assert len(set(ALL)) == 10
+    assert len(set(ALL)) == 2 * len(get_args(Init))
     for choice in ALL:
         VeloraConfig(init=choice.init, vectors=choice.vectors)
-    assert [choice.label for choice in ALL[:6:5]] == ["average", "average, per group"]
+    assert [choice.label for choice in ALL[:: len(get_args(Init))]] == [
+        "average",
+        "average, per group",
+    ]
 
 
 def test_at_the_first_step_moving_averages_are_no_choices_of_their_own():
-    assert {choice.init for choice in choices([0])} == {"average", "random", "svd"}
+    assert {choice.init for choice in choices([0])} == {"average", "random", "rademacher", "svd"}
 
 
 @pytest.mark.parametrize("choice", ALL, ids=lambda choice: choice.label)

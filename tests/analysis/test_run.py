@@ -69,8 +69,8 @@ def test_every_layer_step_choice_and_number_of_groups_has_its_row(made):
     assert len(analysis.samples) == 2 * 14
     assert {sample.sampled for sample in analysis.samples} == {24}
     assert len(analysis.ranks) == 2 * (12 + 2 * 2)  # only down_proj has 100 features
-    assert len(analysis.projections) == 10 * len(analysis.ranks)
-    assert len(analysis.curves) == 2 * 2 * 10
+    assert len(analysis.projections) == 12 * len(analysis.ranks)
+    assert len(analysis.curves) == 2 * 2 * 12
     places = {(p.step, p.layer, p.groups, p.init, p.vectors) for p in analysis.projections}
     assert len(places) == len(analysis.projections)
 

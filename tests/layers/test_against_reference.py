@@ -71,7 +71,9 @@ def test_kinds_and_types(make: Make, dtype: torch.dtype, gradient: str, vectors:
     check(make(12, 6), x, dtype, gradient=gradient, vectors=vectors, scale=scale)
 
 
-@pytest.mark.parametrize("init", ["average", "running_average", "batch_average", "random", "svd"])
+@pytest.mark.parametrize(
+    "init", ["average", "running_average", "batch_average", "random", "rademacher", "svd"]
+)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("make", KINDS)
 def test_choices_of_v(make: Make, gradient: str, init: str):

@@ -22,7 +22,8 @@ from ..subtoken.test_vectors import assert_unit, average, cut
 from .cases import GRADIENTS, compress, linear
 
 FROM_DATA = ["average", "running_average", "batch_average", "svd"]
-INITS = [*FROM_DATA, "random"]
+RANDOM = ["random", "rademacher"]
+INITS = [*FROM_DATA, *RANDOM]
 VECTORS = ["shared", "per_group"]
 
 
@@ -84,18 +85,19 @@ class TestEachInit:
             along = torch.dot(first, layer.velora_vectors[g]).abs().item()
             assert along == pytest.approx(1, rel=1e-10)
 
-    def test_random_needs_no_data(self, vectors: str, gradient: str):
-        layer = layer_of(init="random", vectors=vectors, gradient=gradient)
+    @pytest.mark.parametrize("init", RANDOM)
+    def test_random_needs_no_data(self, vectors: str, gradient: str, init: str):
+        layer = layer_of(init=init, vectors=vectors, gradient=gradient)
         before = layer.velora_vectors.clone()
         for v in train(layer, [batch(0), batch(1)]):
             assert_bitwise(v, before)
         assert (layer.velora.draws, layer.velora.drawn) == (1, True)
 
-    @pytest.mark.parametrize("init", ["average", "svd", "random"])
+    @pytest.mark.parametrize("init", ["average", "svd", *RANDOM])
     def test_refresh_every(self, vectors: str, gradient: str, init: str):
         layer = layer_of(init=init, vectors=vectors, gradient=gradient, refresh_every=2)
         first, second, third, fourth, fifth = train(layer, [batch(i) for i in range(5)])
-        if init == "random":  # drawn right after the step: it needs no batch
+        if init in RANDOM:  # drawn right after the step: it needs no batch
             assert [torch.equal(first, v) for v in (second, third)] == [False, False]
             assert torch.equal(second, third)
             assert torch.equal(fourth, fifth)
@@ -127,12 +129,24 @@ def test_coefficients_are_folded_where_new_vectors_are_due(settings: dict[str, A
 
 
 @pytest.mark.parametrize("vectors", VECTORS)
-def test_random_depends_on_name_and_seed_not_on_order(vectors: str):
+def test_rademacher_vectors_are_their_own_signs(vectors: str):
+    layer = layer_of(init="rademacher", vectors=vectors, num_groups=4)
+    v, exists = layer.velora_vectors, torch.ones(10, dtype=torch.bool).view(1, 10)
+    exists = nn.functional.pad(exists, (0, 2)).view(4, 3)
+    size = exists.sum(1, keepdim=True)
+    assert_close(v, v.sign() / size.double().sqrt(), 1e-12)
+    assert torch.equal(v != 0, exists)
+    assert (v[0] != v[1]).any() == (vectors == "per_group")
+    many = layer_of(init="rademacher", vectors="per_group", num_groups=10).velora_vectors
+    assert 0 < (many > 0).sum() < 10
+
+
+@pytest.mark.parametrize("init", RANDOM)
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_random_depends_on_name_and_seed_not_on_order(vectors: str, init: str):
     def model(seed: int, targets: Any = ("a", "b")) -> nn.Module:
         layers = nn.ModuleDict({name: nn.Linear(10, 5) for name in ("a", "b")})
-        config = VeloraConfig(
-            targets=targets, num_groups=4, init="random", vectors=vectors, seed=seed
-        )
+        config = VeloraConfig(targets=targets, num_groups=2, init=init, vectors=vectors, seed=seed)
         return velora_torch.compress(layers, config)
 
     one, again, alone, other = model(0), model(0), model(0, ["b"]), model(1)
@@ -348,7 +362,7 @@ def test_gradient_checkpointing(init: str, gradient: str, reentrant: bool, fold_
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         seen = []
         for step in range(3):
-            draws = 1 if init in ("average", "svd", "random") else step + 1
+            draws = 1 if init in ("average", "svd", *RANDOM) else step + 1
             optimizer.zero_grad()
             with no_second_draw(model, draws):
                 model(batch(step).requires_grad_()).square().mean().backward()
@@ -378,7 +392,7 @@ def test_accumulation_never_redraws_in_the_middle(init: str, gradient: str):
             assert_bitwise(layer.velora_vectors, first)
         optimizer.step()
     # Random vectors are redrawn right after each step, others by the next forward.
-    assert layer.velora.draws == (4 if init == "random" else 3)
+    assert layer.velora.draws == (4 if init in RANDOM else 3)
 
 
 def test_accumulated_gradient_is_the_sum():

@@ -24,7 +24,7 @@ from .test_saved_bytes import saved, shapes, storage_numbers
 
 T, D, G = 20, 24, 4
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
-INITS = ["average", "running_average", "batch_average", "random", "svd"]
+INITS = ["average", "running_average", "batch_average", "random", "rademacher", "svd"]
 
 
 class Frozen(nn.Module):

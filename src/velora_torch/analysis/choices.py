@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from velora_torch.config import Init, Vectors
+from velora_torch.config import RANDOM, Init, Vectors
 from velora_torch.subtoken import vectors as choose
 
 MOVING = ("running_average", "batch_average")
@@ -84,10 +84,10 @@ class LayerVectors:
     def _raw(self, choice: Choice, mask_GM: Tensor) -> Tensor:
         groups, size = mask_GM.shape
         per_group = choice.vectors == "per_group"
-        if choice.init == "random":
-            shape = (groups, size)
+        if choice.init in RANDOM:
+            shape, signs = (groups, size), choice.init == "rademacher"
             # In the type in which the layer draws, so that the vectors are the same.
-            return choose.random(self._name, self._seed, 0, shape, per_group, torch.float32)
+            return choose.random(self._name, self._seed, 0, shape, per_group, torch.float32, signs)
         if choice.init == "svd":
             return self._singular[groups, per_group]
         mean_D = self._means[choice.init]

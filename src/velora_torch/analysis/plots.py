@@ -34,6 +34,7 @@ COLOURS = {  # way to choose v -> colour; a full mark for one shared vector, an 
     "running_average": GREEN,
     "batch_average": YELLOW,
     "random": GREY,
+    "rademacher": INK,
     "svd": ORANGE,
 }
 _KIND_COLOURS = (BLUE, ORANGE, GREEN, YELLOW, GREY, INK)

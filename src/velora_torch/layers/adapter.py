@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from velora_torch.config import VeloraConfig
+from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.adapter_sites import FindProducts, Product
 from velora_torch.layers.base import _compute_dtype, _in_transform
 from velora_torch.recomputation.deferred import plain
@@ -285,9 +285,10 @@ def _draw(site: Site, x: Tensor, name: str, state: AdapterState) -> None:
     mask = choose.feature_mask(groups, size, site.features, old.device)
     per_group = config.vectors == "per_group"
     x_TD = x.reshape(-1, site.features)
-    if config.init == "random":
+    if config.init in RANDOM:
         shape = (groups, size)
-        raw = choose.random(name, config.seed, site.draws, shape, per_group, old.dtype)
+        signs = config.init == "rademacher"
+        raw = choose.random(name, config.seed, site.draws, shape, per_group, old.dtype, signs)
         raw = raw.to(old.device)
     elif config.init == "svd":
         raw = choose.singular(x_TD, groups, size, per_group, old.dtype)
@@ -300,7 +301,7 @@ def _draw(site: Site, x: Tensor, name: str, state: AdapterState) -> None:
             moved = weight * past + (1 - weight) * raw
             raw = site.running = torch.where(torch.isfinite(moved).all(), moved, past)
     site.vectors, valid = choose.normalise(raw, mask, old)
-    if not site.drawn and config.init != "random":
+    if not site.drawn and config.init not in RANDOM:
         site.unchecked = valid
     site.drawn, site.due, site.draws = True, False, site.draws + 1
 

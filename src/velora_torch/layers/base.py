@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from velora_torch.config import VeloraConfig
+from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
 from velora_torch.layers.state import TENSORS, LayerState
 from velora_torch.recomputation.deferred import plain
@@ -68,7 +68,7 @@ class CompressedLayer(PlainOutside):
             weight.grad = None
         else:
             self.register_parameter("coef", None)
-        if config.init == "random":
+        if config.init in RANDOM:
             self.draw(None)
         self.adopt_coef()
 
@@ -195,7 +195,7 @@ class CompressedLayer(PlainOutside):
         old = self.velora_vectors
         mask = choose.feature_mask(state.groups, state.size, self.features, old.device)
         per_group = config.vectors == "per_group"
-        if config.init == "random":
+        if config.init in RANDOM:
             raw = choose.random(
                 state.name,
                 config.seed,
@@ -203,6 +203,7 @@ class CompressedLayer(PlainOutside):
                 (state.groups, state.size),
                 per_group,
                 old.dtype,
+                signs=config.init == "rademacher",
             ).to(old.device)
         else:
             assert x is not None
@@ -366,7 +367,7 @@ class CompressedLayer(PlainOutside):
                 if not state.frozen:  # else the coefficients alone decay, as a LoRA adapter does
                     self._decay(decay)
                 self._note_seen()
-        if redraw and config.init == "random":
+        if redraw and config.init in RANDOM:
             self.draw(None)
         elif redraw:
             state.due = True

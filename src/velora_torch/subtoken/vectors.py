@@ -91,8 +91,9 @@ def random(
     shape: tuple[int, int],
     per_group: bool,
     dtype: torch.dtype,
+    signs: bool = False,
 ) -> Tensor:
-    """Seeded Gaussian directions, (G, M), the same on every rank and device.
+    """Seeded random directions, (G, M), the same on every rank and device.
 
     Args:
         name: the layer's name; layers draw independently of their order.
@@ -101,11 +102,15 @@ def random(
         shape: (G, M).
         per_group: a vector for each group, or one for all.
         dtype: type of the result.
+        signs: entries ±1 (Rademacher) instead of Gaussian ones.
     """
     groups, size = shape
     generator = torch.Generator().manual_seed(layer_seed(name, seed, draw))
     rows = groups if per_group else 1
-    return torch.randn(rows, size, generator=generator, dtype=dtype).expand(groups, size)
+    drawn = torch.randn(rows, size, generator=generator, dtype=dtype)
+    if signs:
+        drawn = torch.where(drawn < 0, -1.0, 1.0).to(dtype)
+    return drawn.expand(groups, size)
 
 
 def layer_seed(name: str, seed: int, counter: int) -> int:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from velora_torch.config import Purpose, recommended_settings
+from velora_torch.config import Init, Purpose, recommended_settings
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -59,7 +59,7 @@ class VeloraSection(Section):
     """Groups per layer input: one number, or one per layer name; 32 if sub_token_size is unset."""
     sub_token_size: Positive | dict[str, Positive] | None = None
     """Width of a group, instead of num_groups: one number, or one per layer name."""
-    init: Literal["average", "running_average", "batch_average", "random", "svd"] = "average"
+    init: Init = "average"
     """How the projection vector is chosen."""
     vectors: Literal["shared", "per_group"] = "shared"
     """One vector per layer, or one per group of a layer."""

@@ -18,7 +18,7 @@ BLOCKS = r".*\.layers\.\d+\."
 ALL_LINEAR = BLOCKS + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VALUE_AND_DOWN = BLOCKS + r"(self_attn\.v_proj|mlp\.down_proj)"  # the paper, section 4.4
 NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
-REDRAWN: dict[str, Any] = {"init": "random", "vectors": "per_group", "refresh_every": 50}
+REDRAWN: dict[str, Any] = {"init": "rademacher", "vectors": "per_group", "refresh_every": 50}
 M = 8
 PUBLISHED_M = {"v_proj": 8, "down_proj": 16}  # of LLaMA-60M: 64 and 86 groups
 
@@ -35,6 +35,7 @@ VARIANTS = (
     Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
     Variant("velora-all", "VeLoRA: all", "full"),
     Variant("velora-all-fixed", "VeLoRA: all, never redrawn", "full"),
+    Variant("velora-all-gaussian", "VeLoRA: all, Gaussian v", "full"),
     Variant("velora-all-average", "VeLoRA: all, fixed average", "full"),
     Variant("velora-all-m4", "VeLoRA: all, M = 4", "full"),
     Variant("velora-all-m16", "VeLoRA: all, M = 16", "full"),
@@ -60,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
     "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": None})},
+    "velora-all-gaussian": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "init": "random"})},
     "velora-all-average": {"velora": _velora(ALL_LINEAR)},
     "velora-all-m4": {"velora": _velora(ALL_LINEAR, 4, **REDRAWN)},
     "velora-all-m16": {"velora": _velora(ALL_LINEAR, 16, **REDRAWN)},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora_torch.config import VeloraConfig
+from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.memory.fake import FakeWorld
 from velora_torch.memory.simulator.architecture import Architecture
 from velora_torch.memory.simulator.setup import Setup
@@ -75,7 +75,7 @@ class Predictor:
         setup = replace(setup, optimizer="sgd", velora=velora)
         # The sum of what was folded, which an adapter is exported from, exists after a step.
         folded = velora is not None and velora.track_delta and velora.gradient == "factored"
-        steps = 2 if folded or (velora is not None and velora.init != "random") else 1
+        steps = 2 if folded or (velora is not None and velora.init not in RANDOM) else 1
         key = repr((setup, size.batch if isinstance(size.batch, int) else None, size.seq))
         if key not in self._passes:
             self._passes[key] = self._simulate(
