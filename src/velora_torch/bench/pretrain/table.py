@@ -26,7 +26,8 @@ class Line:
     """A variant of one size in numbers; None: not measured."""
 
     variant: Variant
-    rate: float
+    rates: tuple[float, ...]
+    """Learning rate of embeddings, norms and head, and of the linear layers where it is another."""
     perplexity: Estimate | None
     relative: Estimate | None
     """Perplexity over that of the variant it is compared with, paired by seed, less 1."""
@@ -59,7 +60,10 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
         lines.append(
             Line(
                 variant,
-                first.recipe["train"]["learning_rate"],
+                (
+                    first.recipe["train"]["learning_rate"],
+                    *first.recipe["train"]["learning_rates"].values(),
+                ),
                 estimate([row.score for row in own]),
                 _relative(own, by_variant.get(variant.base or "", [])),
                 {name: _mean_memory(own, name) for name in CATEGORIES},
@@ -84,7 +88,8 @@ def report(finished: Finished, output: Path) -> str:
         f"{finished.expected} cells are finished. Means over seeds ± their standard error; "
         "differences are paired by seed. Saved activations, gradients and optimizer state are "
         "counted storage by storage in the first step; the peak is the largest moment of a step, "
-        "everything in it, as tracked.",
+        "everything in it, as tracked. Rates: the learning rate of embeddings, norms and head, and "
+        "that of the blocks' linear layers.",
     ]
     for task in finished.bench.scales[finished.scale].tasks:
         lines = lines_of(finished, task)
@@ -99,14 +104,14 @@ def report(finished: Finished, output: Path) -> str:
 
 
 def _table(lines: Sequence[Line]) -> str:
-    header = ["method", "rate", "perplexity", "against full", *CATEGORIES.values(), "peak"]
+    header = ["method", "rates", "perplexity", "against full", *CATEGORIES.values(), "peak"]
     header += ["step", "tokens/s", "time"]
     first = next((line.step for line in lines if line.step is not None), None)
     body = []
     for line in lines:
         cells = [
             line.variant.label,
-            f"{line.rate:g}",
+            ", ".join(f"{rate:g}" for rate in line.rates),
             format_estimate(line.perplexity, 1.0, 2),
             _signed(line.relative),
             *(_bytes(line.memory[name]) for name in CATEGORIES),
