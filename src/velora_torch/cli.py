@@ -205,7 +205,7 @@ def plan(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="vtab, glue, alpaca or speed.")],
+    name: Annotated[str, typer.Argument(help="vtab, glue, alpaca, pretrain or speed.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; runs/bench/NAME by default.")
     ] = None,
