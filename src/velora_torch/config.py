@@ -14,7 +14,7 @@ Init = Literal["average", "running_average", "batch_average", "random", "rademac
 Vectors = Literal["shared", "per_group"]
 Gradient = Literal["factored", "dense"]
 Rounding = Literal["stochastic", "nearest"]
-Purpose = Literal["lora", "full"]
+Purpose = Literal["lora", "full", "pretrain"]
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 DEFAULT_NUM_GROUPS = 32
@@ -36,8 +36,16 @@ RECOMMENDED: dict[Purpose, dict[str, Any]] = {
         "refresh_every": 50,
         "track_delta": False,
     },
+    "pretrain": {
+        "targets": "all-linear",
+        "sub_token_size": 8,
+        "init": "rademacher",
+        "vectors": "per_group",
+        "refresh_every": 50,
+        "track_delta": False,
+    },
 }
-"""What measured best for a purpose, docs/results/fine-tuning.md."""
+"""What measured best for a purpose, docs/results/fine-tuning.md and pretraining.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +115,11 @@ class VeloraConfig:
 
     @classmethod
     def recommended(cls, purpose: Purpose, **changes: Any) -> VeloraConfig:
-        """The settings that measured best for a purpose (docs/results/fine-tuning.md).
+        """The settings that measured best for a purpose (docs/results).
 
         Args:
             purpose: ``"lora"``, the adapters of PEFT's LoRA, on a quantised base or not;
-                ``"full"``, full-parameter fine-tuning.
+                ``"full"``, full-parameter fine-tuning; ``"pretrain"``, from random weights.
             changes: fields to set otherwise; ``num_groups`` replaces ``sub_token_size``.
 
         Raises:
