@@ -41,7 +41,7 @@ RECOMMENDED: dict[Purpose, dict[str, Any]] = {
         "sub_token_size": 8,
         "init": "rademacher",
         "vectors": "per_group",
-        "refresh_every": 50,
+        "refresh_every": 200,
         "track_delta": False,
     },
 }
