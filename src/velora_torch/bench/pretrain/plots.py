@@ -41,6 +41,8 @@ def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
 
 def _against_tokens(lines: Sequence[Line]) -> Figure | None:
     """A curve for each method; names in a legend, the best at the end on top."""
+    from matplotlib.ticker import LogFormatter
+
     with_curve = [line for line in lines if len(line.curve) > 1]
     if not with_curve:
         return None
@@ -60,6 +62,8 @@ def _against_tokens(lines: Sequence[Line]) -> Figure | None:
             label=f"{line.variant.label}: {values[-1]:.1f}",
         )
     axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(LogFormatter(minor_thresholds=(2, 0.5)))  # 60, not 6 x 10^1
     axes.legend(loc="upper right", frameon=False, fontsize=7.5, ncols=2)
     return figure
 
