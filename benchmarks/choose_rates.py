@@ -81,6 +81,7 @@ FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     "velora-not-qk": ((3.2e-2, 1e-3), (3.2e-2, 5e-4)),
     "apollo": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "velora-all-average": ((3.2e-2, 1e-3), (3.2e-2, 5e-4)),
+    "velora-all-running": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "lora": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "flora": ((3.2e-2, 5e-4), (3.2e-2, 2.5e-4)),
     "velora-all-m32": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),

@@ -39,6 +39,7 @@ VARIANTS = (
     Variant("velora-all-fixed", "VeLoRA: all, never redrawn", "full"),
     Variant("velora-all-gaussian", "VeLoRA: all, Gaussian v", "full"),
     Variant("velora-all-average", "VeLoRA: all, fixed average", "full"),
+    Variant("velora-all-running", "VeLoRA: all, running average", "full"),
     Variant("velora-all-m4", "VeLoRA: all, M = 4", "full"),
     Variant("velora-all-m16", "VeLoRA: all, M = 16", "full"),
     Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
@@ -67,6 +68,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": None})},
     "velora-all-gaussian": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "init": "random"})},
     "velora-all-average": {"velora": _velora(ALL_LINEAR)},
+    "velora-all-running": {
+        "velora": _velora(ALL_LINEAR, init="running_average", vectors="per_group")
+    },
     "velora-all-m4": {"velora": _velora(ALL_LINEAR, 4, **REDRAWN)},
     "velora-all-m16": {"velora": _velora(ALL_LINEAR, 16, **REDRAWN)},
     "velora-all-m32": {"velora": _velora(ALL_LINEAR, 32, **REDRAWN)},
