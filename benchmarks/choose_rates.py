@@ -4,10 +4,9 @@
 
 VTAB-1k's way of choosing: methods of the bench, at several learning rates, on some of its tasks;
 the test examples are not seen. Pre-training has half of the bench's tokens, and holds out other
-documents. One row
-for each run in benchmarks/results/choose_rates.jsonl; finished rows are skipped. --table prints the
-scores. The rates chosen (best mean score) stand in src/velora_torch/bench/; a variant that has no
-rates here takes those of the method it varies.
+documents. One row for each run in benchmarks/results/choose_rates.jsonl; finished rows are skipped.
+--table prints the scores. The rates chosen (best mean score) stand in src/velora_torch/bench/; a
+variant that has no rates here takes those of the method it varies.
 """
 
 from __future__ import annotations
@@ -110,12 +109,10 @@ def cells(bench: str) -> list[Cell]:
     return [(task, *line) for task in TASKS[bench] for line in lines(bench)]
 
 
-def measure(
-    bench: str, task: str, variant: str, rate: float | None, coefficients: float | None
-) -> dict:
+def measure(bench: str, task: str, variant: str, rate: float | None, own: float | None) -> dict:
     if bench == "pretrain":
         assert rate is not None
-        recipe = protocol.local_recipe(task, variant, SEED, protocol.Rates(rate, coefficients))
+        recipe = protocol.local_recipe(task, variant, SEED, protocol.Rates(rate, own))
         recipe["train"]["tokens"] //= 2
         held_out: dict = {"seed": SEED}  # of the split
     else:
@@ -128,8 +125,8 @@ def measure(
         }
         if rate is not None:
             recipe["train"]["learning_rate"] = rate
-        if coefficients is not None:
-            recipe["train"]["coefficient_learning_rate"] = coefficients
+        if own is not None:
+            recipe["train"]["coefficient_learning_rate"] = own
     with tempfile.TemporaryDirectory() as output:
         train = {**recipe["train"], "output": output}
         data = {**recipe["data"], **held_out}
@@ -142,7 +139,7 @@ def measure(
         "task": task,
         "variant": variant,
         "learning_rate": rate,
-        "coefficient_learning_rate": coefficients,
+        "coefficient_learning_rate": own,  # see Cell
         "metric": results.after.metric,
         "score": results.after.score,
         "perplexity": results.after.perplexity,
@@ -159,8 +156,7 @@ def done(bench: str) -> list[dict]:
 
 
 def key(row: dict) -> Cell:
-    coefficients = row.get("coefficient_learning_rate")
-    return row["task"], row["variant"], row["learning_rate"], coefficients
+    return row["task"], row["variant"], row["learning_rate"], row.get("coefficient_learning_rate")
 
 
 def table(bench: str) -> str:
@@ -170,11 +166,11 @@ def table(bench: str) -> str:
     tasks = TASKS[bench]
     head = f"| method | rate | own rate | {' | '.join(tasks)} | mean |"
     shown = [head, "| --- " * (4 + len(tasks)) + "|"]
-    for variant, rate, coefficients in lines(bench):
-        own = [scores.get((task, variant, rate, coefficients)) for task in tasks]
-        numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in own)
-        mean = "-" if None in own else f"{statistics.mean(own):.1f}"
-        rates = [f"{r:g}" if r is not None else "" for r in (rate, coefficients)]
+    for variant, rate, own in lines(bench):
+        line = [scores.get((task, variant, rate, own)) for task in tasks]
+        numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in line)
+        mean = "-" if None in line else f"{statistics.mean(line):.1f}"
+        rates = [f"{r:g}" if r is not None else "" for r in (rate, own)]
         shown.append(f"| {variant} | {' | '.join(rates)} | {numbers} | {mean} |")
     return "\n".join(shown)
 

@@ -136,7 +136,7 @@ def test_the_factor_tells_the_same_as_both_gradients_built(features, groups, siz
     x = torch.randn(9, features, dtype=torch.float64)
     dY = torch.randn(9, 5, dtype=torch.float64)
     mask = choose.feature_mask(groups, size, features, x.device)
-    raw = choose.random("layer", 0, 0, (groups, size), per_group, torch.float64)
+    raw = choose.random("layer", 0, 0, (groups, size), per_group, torch.float64, "random")
     v, _ = choose.normalise(raw, mask, choose.uniform(mask, torch.float64))
     weight = torch.zeros(5, features, dtype=torch.float64)
     _, built, _ = reference.linear_gradients(x, weight, dY, v)

@@ -166,7 +166,9 @@ def test_random_is_given_by_seed_name_and_draw(per_group: bool):
     mask = choose.feature_mask(4, 3, 10, CPU)
 
     def draw(name: str = "a", seed: int = 0, count: int = 0) -> Tensor:
-        return choose.random(name, seed, count, tuple(mask.shape), per_group, torch.float32)
+        return choose.random(
+            name, seed, count, tuple(mask.shape), per_group, torch.float32, "random"
+        )
 
     assert_bitwise(draw(), draw())
     others = [draw("b"), draw(seed=1), draw(count=1)]

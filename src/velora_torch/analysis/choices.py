@@ -85,9 +85,9 @@ class LayerVectors:
         groups, size = mask_GM.shape
         per_group = choice.vectors == "per_group"
         if choice.init in RANDOM:
-            shape, signs = (groups, size), choice.init == "rademacher"
-            # In the type in which the layer draws, so that the vectors are the same.
-            return choose.random(self._name, self._seed, 0, shape, per_group, torch.float32, signs)
+            shape, dtype = (groups, size), torch.float32  # in which the layer draws: same vectors
+            name, seed = self._name, self._seed
+            return choose.random(name, seed, 0, shape, per_group, dtype, choice.init)
         if choice.init == "svd":
             return self._singular[groups, per_group]
         mean_D = self._means[choice.init]

@@ -17,6 +17,7 @@ from velora_torch.report.inline_svg import (
     GREY,
     INK,
     ORANGE,
+    PURPLE,
     YELLOW,
     drawing,
     printable,
@@ -34,7 +35,7 @@ COLOURS = {  # way to choose v -> colour; a full mark for one shared vector, an 
     "running_average": GREEN,
     "batch_average": YELLOW,
     "random": GREY,
-    "rademacher": INK,
+    "rademacher": PURPLE,
     "svd": ORANGE,
 }
 _KIND_COLOURS = (BLUE, ORANGE, GREEN, YELLOW, GREY, INK)

@@ -287,8 +287,8 @@ def _draw(site: Site, x: Tensor, name: str, state: AdapterState) -> None:
     x_TD = x.reshape(-1, site.features)
     if config.init in RANDOM:
         shape = (groups, size)
-        signs = config.init == "rademacher"
-        raw = choose.random(name, config.seed, site.draws, shape, per_group, old.dtype, signs)
+        counter, dtype = site.draws, old.dtype
+        raw = choose.random(name, config.seed, counter, shape, per_group, dtype, config.init)
         raw = raw.to(old.device)
     elif config.init == "svd":
         raw = choose.singular(x_TD, groups, size, per_group, old.dtype)

@@ -203,7 +203,7 @@ class CompressedLayer(PlainOutside):
                 (state.groups, state.size),
                 per_group,
                 old.dtype,
-                signs=config.init == "rademacher",
+                config.init,
             ).to(old.device)
         else:
             assert x is not None

@@ -28,6 +28,7 @@ BLUE = "#0072b2"
 ORANGE = "#d55e00"
 YELLOW = "#e69f00"
 GREEN = "#009e73"
+PURPLE = "#cc79a7"
 _CSS = {
     INK: "currentColor",
     QUIET: f"var(--quiet, {QUIET})",
@@ -37,6 +38,7 @@ _CSS = {
     ORANGE: f"var(--orange, {ORANGE})",
     YELLOW: f"var(--yellow, {YELLOW})",
     GREEN: f"var(--green, {GREEN})",
+    PURPLE: f"var(--purple, {PURPLE})",
 }
 _SETTINGS: Mapping[str, object] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and selected

@@ -47,14 +47,14 @@ def project(x: Tensor, v_GM: Tensor, shared: bool = False) -> Tensor:
 
 
 CHUNK = 1 << 18
-"""Features multiplied at a time where the products are written out, so that they stay in cache."""
+"""Entries of x that are multiplied at a time on a CPU, so that their products stay in cache."""
 
 
 def _whole_groups(x_TD: Tensor, v_GM: Tensor, shared: bool) -> Tensor:
     """`project` of D = G * M features."""
     groups, size = v_GM.shape
     x_TGM = x_TD.unflatten(1, (groups, size))
-    if shared and x_TD.is_contiguous():
+    if shared and x_TD.is_contiguous():  # else flattening would copy x
         return (x_TGM.flatten(0, 1) @ v_GM[0].unsqueeze(1)).view(-1, groups)
     slow = x_TD.device.type == "cpu" and x_TD.dtype in (torch.float32, torch.float64)
     if not slow or torch.compiler.is_compiling():

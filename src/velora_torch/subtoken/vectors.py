@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from velora_torch.config import Init
+
 SVD_SAMPLE = 4096
 """Sub-tokens that ``init="svd"`` looks at."""
 
@@ -91,7 +93,7 @@ def random(
     shape: tuple[int, int],
     per_group: bool,
     dtype: torch.dtype,
-    signs: bool = False,
+    init: Init,
 ) -> Tensor:
     """Seeded random directions, (G, M), the same on every rank and device.
 
@@ -102,13 +104,13 @@ def random(
         shape: (G, M).
         per_group: a vector for each group, or one for all.
         dtype: type of the result.
-        signs: entries ±1 (Rademacher) instead of Gaussian ones.
+        init: ``random``, Gaussian entries; ``rademacher``, entries ±1.
     """
     groups, size = shape
     generator = torch.Generator().manual_seed(layer_seed(name, seed, draw))
     rows = groups if per_group else 1
     drawn = torch.randn(rows, size, generator=generator, dtype=dtype)
-    if signs:
+    if init == "rademacher":
         drawn = torch.where(drawn < 0, -1.0, 1.0).to(dtype)
     return drawn.expand(groups, size)
 

@@ -29,7 +29,7 @@ def describe(recipe: Recipe) -> str:
         "data": f"{data.train} (held out: {held_out}), {_size(recipe)}",
         "template": data.template.replace("\n", "\\n"),
         "training": f"{duration} of {batch}, {train.optimizer}, learning rate "
-        f"{train.learning_rate:g} ({train.schedule}), seed {train.seed}"
+        f"{train.learning_rate:g}{_other_rates(train)} ({train.schedule}), seed {train.seed}"
         + "".join(f", {saving}" for saving in _savings(train))
         + (", autocast" if train.autocast else ""),
         "evaluation": f"{' and '.join(when) or 'none'}" + (f", {evaluate.metric}" if when else ""),
@@ -72,6 +72,11 @@ def _size(recipe: Recipe) -> str:
     if recipe.task == "image-classification":
         return "images of the model's size" if data.image_size is None else f"{data.image_size} px"
     return f"at most {data.max_length} tokens" + (", packed" if data.packing else "")
+
+
+def _other_rates(train: TrainSection) -> str:
+    """The learning rates of layers that have their own, in words."""
+    return "".join(f", {rate:g} for {name}" for name, rate in train.learning_rates.items())
 
 
 def _savings(train: TrainSection) -> list[str]:

@@ -170,8 +170,8 @@ def parameters_in(model: nn.Module, pattern: str) -> Iterator[nn.Parameter]:
             yield from module.parameters()
 
 
-def _a_name(model: nn.Module) -> str:
-    """The last layer of a model that trains something."""
+def _trained_name(model: nn.Module) -> str:
+    """The name of a layer that trains something, for an error."""
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     return trained[-1].rpartition(".")[0]
 
@@ -196,7 +196,7 @@ def save_memory(recipe: Recipe, model: Any) -> Any:
         if not any(p.requires_grad for p in parameters_in(model, pattern)):
             raise ModelError(
                 f"train.learning_rates: no layer whose full name matches {pattern!r} trains "
-                f"anything; names are such as {_a_name(model)!r}"
+                f"anything; names are such as {_trained_name(model)!r}"
             )
     every = train.gradient_checkpointing
     if every and every is not True:

@@ -285,7 +285,8 @@ class TrainSection(Section):
     """That of VeLoRA's coefficients (factored gradients); null: the same."""
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Rates of some layers: regular expressions over full names, each with the rate of all that
-    trains in such a layer; the two rates above go before them."""
+    trains in such a layer. Of two that match, the later counts; the head's and the coefficients'
+    own rates, where they are set, count before any."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes on after the warm-up."""
     warmup: Natural | Annotated[float, Field(ge=0, lt=1)] = 0

@@ -101,8 +101,8 @@ class Rates:
 
 
 REST = 3.2e-2  # the best of full training, which all methods have
-# Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens.
-# lora, apollo and flora are not chosen yet.
+# Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens,
+# for llama-3m; those of lora, apollo and flora, and all of llama-15m, are not chosen yet.
 _LINEAR = dict.fromkeys(METHODS, 1e-3) | {
     "galore": 2e-3,
     "galore-eighth": 2e-3,
@@ -111,10 +111,7 @@ _LINEAR = dict.fromkeys(METHODS, 1e-3) | {
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
 }
-LOCAL_RATES: dict[str, dict[str, Rates]] = {
-    "llama-3m": {name: Rates(REST, rate) for name, rate in _LINEAR.items()},
-    "llama-15m": {name: Rates(REST, rate) for name, rate in _LINEAR.items()},
-}
+LOCAL_RATES = {name: Rates(REST, rate) for name, rate in _LINEAR.items()}
 
 
 def method(
@@ -124,8 +121,8 @@ def method(
 
     `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers.
     """
-    # GaLore's: 128 of 512, 256 of 768 (a third there). With an eighth its optimizer states are as
-    # large as those of VeLoRA with M = 8.
+    # GaLore's: 128 of 512, 256 of 768 (a third there). With an eighth its moments are as large as
+    # those of VeLoRA with M = 8; it keeps projections besides.
     rank = WIDTHS[model] // (8 if variant == "galore-eighth" else 4)
     top: dict[str, Any] = {"method": "full", **with_seed(METHODS[variant], seed)}
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
@@ -157,7 +154,7 @@ LOCAL_BATCH, LOCAL_LENGTH = 16, 128
 
 def local_recipe(task: str, variant: str, seed: int, rates: Rates | None = None) -> dict[str, Any]:
     """A cell for two CPU cores; with other learning rates than the chosen ones, if given."""
-    top, train = method(variant, task, seed, rates or LOCAL_RATES[task][variant])
+    top, train = method(variant, task, seed, rates or LOCAL_RATES[variant])
     return {
         **top,
         "task": "pretrain",
