@@ -74,6 +74,7 @@ FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     ),
     "velora-all": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "velora-all-often": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
+    "velora-all-gaussian": ((3.2e-2, 2e-3),),
     "velora-value-down": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
     "galore": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "galore-eighth": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
