@@ -40,26 +40,37 @@ def fold_(
     noise = None
     if half and stochastic_seed is not None:
         noise = _Noise(outputs, features, stochastic_seed, weight_OD.device)
+        coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
     rows = max(1, CHUNK.get(weight_OD.device.type, DEFAULT_CHUNK) // features)
     for start in range(0, outputs, rows):
         part = weight_OD[start : start + rows]
-        delta = expand(coef_OG[start : start + rows], e_GM, features)
-        if not half:
-            if decays:
-                part.mul_(decay)
-            part.add_(delta)
-            continue
-        wide = part.to(delta.dtype)
+        wide = part.to(coef_OG.dtype) if half else part
         if decays:
             wide.mul_(decay)
-        wide = wide.add_(delta)
+        _add_product_(wide, coef_OG[start : start + rows], e_GM)
+        if not half:
+            continue
         if noise is not None:
             _round_stochastically_(wide, noise.rows(start, rows), weight_OD.dtype)
         part.copy_(wide)
 
 
+def _add_product_(weight_OD: Tensor, coef_OG: Tensor, e_GM: Tensor) -> None:
+    """``weight[o, g M + m] += coef[o, g] * e[g, m]``, in one pass where groups are whole."""
+    features = weight_OD.shape[1]
+    if features == e_GM.numel() and weight_OD.is_contiguous():
+        weight_OD.unflatten(1, e_GM.shape).addcmul_(coef_OG.unsqueeze(-1), e_GM)
+    else:
+        weight_OD.add_(expand(coef_OG, e_GM, features))
+
+
+def _one_nan(x: Tensor) -> Tensor:
+    """The same with one bit pattern for all NaN, whose low half noise can be added to."""
+    return x.nan_to_num(float("nan"), float("inf"), float("-inf"))
+
+
 class _Noise:
-    """Uniform 16-bit integers a[o] + b[d] mod 2^16, from O + D random numbers instead of O * D.
+    """Uniform 16-bit integers a[o] xor b[d], from O + D random numbers instead of O * D.
 
     Each entry is uniform and any two are independent, which is all that unbiased rounding with
     uncorrelated errors asks for.
@@ -74,7 +85,7 @@ class _Noise:
 
     def rows(self, start: int, count: int) -> Tensor:
         """Noise of ``count`` rows from ``start``, int32 in [0, 2^16)."""
-        return (self._a_O[start : start + count, None] + self._b_D).bitwise_and_(0xFFFF)
+        return self._a_O[start : start + count, None] ^ self._b_D
 
 
 def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> None:
@@ -83,9 +94,10 @@ def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> N
     Values that ``dtype`` holds, infinities and NaN stay what they are.
     """
     if dtype == torch.bfloat16:
-        # bfloat16 is the upper half of float32: add noise below the cut, then cut. One pattern
-        # for all NaN first, since the sum would carry out of the largest (CUDA's: 0x7fffffff).
-        wide.nan_to_num_(float("nan"), float("inf"), float("-inf"))
+        # bfloat16 is the upper half of float32: add noise below the cut, then cut. NaN must not
+        # have all bits set, or the sum carries: GPUs compute such, CPUs pass on the operands'.
+        if wide.device.type != "cpu":
+            wide = wide.nan_to_num_(float("nan"), float("inf"), float("-inf"))
         wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
         return
     info = torch.finfo(dtype)
