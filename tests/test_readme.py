@@ -35,3 +35,21 @@ def test_recipes_open_with_their_command():
     for recipe in ROOT.glob("recipes/*.yaml"):
         first = recipe.read_text().splitlines()[0]
         assert first.startswith(f"# velora train recipes/{recipe.name}"), recipe.name
+
+
+def test_results_are_those_of_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme_results
+
+    assert readme_results.with_results(README) == README, (
+        "the README's tables are older than the rows: python benchmarks/readme_results.py --write"
+    )
+
+
+def test_results_need_their_place(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme_results
+
+    for wrong in ("", readme_results.END + readme_results.BEGIN, 2 * README):
+        with pytest.raises(ValueError, match="once each and in this order"):
+            readme_results.with_results(wrong)

@@ -12,7 +12,8 @@ from velora_torch.atomic import write_whole
 from velora_torch.bench import cell as cell_room
 from velora_torch.bench import timing
 from velora_torch.bench.catalogue import BENCHES
-from velora_torch.bench.grid import Bench, Cell, Finished, Row, cells, changes, newest
+from velora_torch.bench.collect import ROWS, TIMES, collect
+from velora_torch.bench.grid import Bench, Cell, Finished, cells, changes, newest
 from velora_torch.bench.preflight import check_grid
 from velora_torch.bench.request import (
     JOBS,
@@ -29,7 +30,7 @@ from velora_torch.bench.store import alone
 from velora_torch.bench.table import markdown, summarise
 
 Say = Callable[[str], None]
-ROWS, TIMES, TABLE, PLOT = "rows.jsonl", "times.jsonl", "table.md", "accuracy_memory"
+TABLE, PLOT = "table.md", "accuracy_memory"
 
 
 def bench(
@@ -175,17 +176,10 @@ def _write_table(chosen: Bench, scale: str, grid: Sequence[Cell], output: Path, 
     if not rows:
         say(f"{output / ROWS}: no finished cell yet, so there is no table")
         return 1
-    own = [row for row in rows if (row.bench, row.scale) == (chosen.name, scale)]
-    seeds = 1 + max([cell.seed for cell in grid] + [row.seed for row in own])
-    variants = [variant.name for variant in chosen.variants]
-    whole = cells(chosen, scale, chosen.scales[scale].tasks, variants, seeds)
-    kept, stale = _current(own, whole)
+    finished, stale = collect(chosen, scale, output, grid)
     if stale:
-        say(f"{len(stale)} rows of former recipes are not in the table")
-    times = timing.current(timing.read_times(output / TIMES), whole)
-    expected = len({cell.place for cell in grid} | {row.place for row in kept})
+        say(f"{stale} rows of former recipes are not in the table")
     output.mkdir(parents=True, exist_ok=True)
-    finished = Finished(chosen, scale, kept, times, expected)
     text = (chosen.report or _accuracy_and_memory)(finished, output)
     write_whole(output / TABLE, text)
     say(text)
@@ -202,8 +196,3 @@ def _accuracy_and_memory(finished: Finished, output: Path) -> str:
     )
     drawn = draw(summary, output / PLOT)
     return markdown(summary, f"{PLOT}.png" if drawn else None)
-
-
-def _current(rows: Sequence[Row], grid: Sequence[Cell]) -> tuple[list[Row], list[Row]]:
-    found, stale = newest(rows, grid)
-    return list(found.values()), stale

@@ -1,0 +1,150 @@
+"""The README's results, made from the benches' rows.
+
+    python benchmarks/readme_results.py            # print them
+    python benchmarks/readme_results.py --write    # put them between the README's two marks
+
+Three tables: fine-tuning, method by method without VeLoRA and with it; pre-training against full
+AdamW; times of training steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from velora_torch.atomic import write_whole
+from velora_torch.bench.catalogue import BENCHES
+from velora_torch.bench.collect import collect
+from velora_torch.bench.grid import Finished
+from velora_torch.bench.pretrain.table import lines_of
+from velora_torch.bench.speed.cases import CASES
+from velora_torch.bench.speed.rows import against, read_rows
+from velora_torch.bench.speed.table import format_spread, found_rows
+from velora_torch.bench.statistics import Estimate
+from velora_torch.bench.table import format_estimate, summarise
+from velora_torch.bench.writing import MISSING, markdown_grid
+from velora_torch.report.quantities import format_bytes, format_ratio
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- made by benchmarks/readme_results.py -->"
+END = "<!-- end -->"
+SCALE = "local"
+FINE_TUNED = {
+    "glue": "MiniLM, 6 text tasks",
+    "vtab": "DINOv2-S, 7 image tasks",
+    "alpaca": "SmolLM2-135M, instructions",
+}
+"""What is fine-tuned, by bench."""
+PRE_TRAINED = (
+    *("full", "lora", "galore", "galore-eighth", "apollo", "flora"),
+    *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all"),
+)
+"""Variants; docs/results/pretraining.md has them all."""
+TIMED = (
+    ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
+    ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
+    ("llama-2048", "factored+gc", "plain+gc", "the same, both with gradient checkpointing"),
+    ("llama-2048", "factored+compile", "plain+compile", "the same, both compiled"),
+    ("llama-1024-lora", "lora+velora", "lora", "LoRA, width 1024"),
+    ("llama-1024-lora", "lora+velora", "peft-velora", "LoRA, width 1024, over PEFT's own VeLoRA"),
+)
+"""Case, variant, what it is compared with, and all that in words."""
+
+
+def results() -> str:
+    """All three tables in Markdown."""
+    return "\n\n".join((_fine_tuning(), _pre_training(), _speed()))
+
+
+def _finished(bench: str) -> Finished:
+    finished, _stale = collect(BENCHES[bench], SCALE, RESULTS / bench)
+    return finished
+
+
+def _fine_tuning() -> str:
+    body = []
+    for bench, model in FINE_TUNED.items():
+        own = _finished(bench)
+        summary = summarise(own.bench, own.scale, own.rows, own.times, own.expected)
+        average = {line.label: format_estimate(line.average) for line in summary.lines}
+        for pair in summary.pairs:
+            if "VeLoRA" in pair.label:
+                cells = [model, pair.label, average[pair.base], average[pair.label]]
+                body.append(
+                    [*cells, _signed(pair.gap, " points"), *_ratios(pair.memory, pair.time)]
+                )
+    header = ["fine-tuned", "method", "without", "with", "difference", "memory", "step"]
+    return markdown_grid(header, body)
+
+
+def _pre_training() -> str:
+    own, body = _finished("pretrain"), []
+    for task in own.bench.scales[SCALE].tasks:
+        for line in lines_of(own, task):
+            if line.variant.name not in PRE_TRAINED:
+                continue
+            optimizer = line.memory["optimizer_state"]
+            body.append(
+                [
+                    task,
+                    line.variant.label,
+                    format_estimate(line.perplexity, 1.0),
+                    _signed(line.relative, "%"),
+                    _bytes(optimizer),
+                    _bytes(line.peak),
+                ]
+            )
+    header = ["pre-trained", "method", "perplexity", "against full", "optimizer state", "peak"]
+    return markdown_grid(header, body)
+
+
+def _speed() -> str:
+    rows = found_rows(read_rows(RESULTS / "speed" / "rows.jsonl"), CASES)
+    body = []
+    for case, variant, base, words in TIMED:
+        ratio = against(rows.get(case, ()), variant, base)
+        body.append([words, MISSING if ratio is None else format_spread(ratio)])
+    return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
+
+
+def _signed(value: Estimate | None, unit: str) -> str:
+    if value is None:
+        return MISSING
+    error = "" if value.error is None else f" ± {100 * value.error:.1f}"
+    return f"{100 * value.mean:+.1f}{error}{unit}"
+
+
+def _ratios(*values: float | None) -> list[str]:
+    return [MISSING if value is None else format_ratio(value) for value in values]
+
+
+def _bytes(value: float | None) -> str:
+    return MISSING if value is None else format_bytes(round(value))
+
+
+def with_results(readme: str) -> str:
+    """A README with today's tables between its marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _former, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in after:
+        raise ValueError(f"the README needs {BEGIN} and {END}, once each and in this order")
+    return f"{before}{begin}\n\n{results()}\n\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into the README")
+    if not parser.parse_args().write:
+        print(results())
+        return
+    readme = ROOT / "README.md"
+    write_whole(readme, with_results(readme.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()
