@@ -17,8 +17,10 @@ from velora_torch.bench.pretrain.measure import details
 BLOCKS = r".*\.layers\.\d+\."
 ALL_LINEAR = BLOCKS + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VALUE_AND_DOWN = BLOCKS + r"(self_attn\.v_proj|mlp\.down_proj)"  # the paper, section 4.4
+QUERY_AND_KEY = BLOCKS + r"self_attn\.[qk]_proj"
 NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
 REDRAWN: dict[str, Any] = {"init": "rademacher", "vectors": "per_group", "refresh_every": 200}
+FIXED: dict[str, Any] = {**REDRAWN, "refresh_every": None}
 M = 8
 PUBLISHED_M = {"v_proj": 8, "down_proj": 16}  # of LLaMA-60M: 64 and 86 groups
 
@@ -35,6 +37,9 @@ VARIANTS = (
     Variant("velora-value-down", "VeLoRA: v, down", "full"),
     Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
     Variant("velora-all", "VeLoRA: all", "full"),
+    Variant("velora-value-down-signs", "VeLoRA: v, down, random signs", "full"),
+    Variant("velora-not-qk-average", "VeLoRA: all but q, k, fixed average", "full"),
+    Variant("velora-qk", "VeLoRA: q, k alone", "full"),
     Variant("velora-all-often", "VeLoRA: all, redrawn every 50 steps", "full"),
     Variant("velora-all-fixed", "VeLoRA: all, never redrawn", "full"),
     Variant("velora-all-gaussian", "VeLoRA: all, Gaussian v", "full"),
@@ -64,8 +69,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-value-down": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
+    "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
+    "velora-not-qk-average": {"velora": _velora(NOT_QUERY_AND_KEY)},
+    "velora-qk": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
     "velora-all-often": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": 50})},
-    "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": None})},
+    "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **FIXED)},
     "velora-all-gaussian": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "init": "random"})},
     "velora-all-average": {"velora": _velora(ALL_LINEAR)},
     "velora-all-running": {
