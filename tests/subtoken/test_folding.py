@@ -152,6 +152,22 @@ def test_infinities_and_nan_stay(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_nan_and_infinities_of_the_weight_stay(dtype: torch.dtype):
+    """All NaN, those whose bits are all ones included: noise must not carry out of them."""
+    ones = torch.tensor([0x7FFF, -1], dtype=torch.int16).view(dtype)
+    special = torch.tensor([math.inf, -math.inf, math.nan], dtype=dtype)
+    before = torch.cat([special, ones]).expand(4, -1)
+    decay = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
+    for seed in range(50):
+        for factor, coef in ((1.0, 0.0), (0.99, 0.5), (decay, 0.5)):
+            after = before.clone()
+            fold_(after, torch.full((4, 1), coef), torch.ones(1, 5), factor, seed)
+            assert after[:, 2:].isnan().all()
+            if not isinstance(factor, torch.Tensor):
+                assert_bitwise(after[:, :2], before[:, :2])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_rounding_repeats_for_a_seed_and_differs_between_seeds(dtype: torch.dtype):
     value = torch.randn(300)
     assert_bitwise(rounded(value, dtype, 1), rounded(value, dtype, 1))

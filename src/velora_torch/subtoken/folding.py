@@ -41,6 +41,7 @@ def fold_(
     if half and stochastic_seed is not None:
         noise = _Noise(outputs, features, stochastic_seed, weight_OD.device)
         coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
+        decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
     rows = max(1, CHUNK.get(weight_OD.device.type, DEFAULT_CHUNK) // features)
     for start in range(0, outputs, rows):
         part = weight_OD[start : start + rows]
