@@ -84,11 +84,10 @@ FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     "velora-not-qk-average": ((3.2e-2, 1e-3),),
     "velora-qk": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "apollo": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
-    "velora-all-average": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
+    "velora-all-average": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "velora-all-running": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "lora": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
     "flora": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
-    "velora-all-m32": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
 }
 """Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
 TRAIN, CHOOSE = 800, 200

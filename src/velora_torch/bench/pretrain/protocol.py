@@ -119,7 +119,6 @@ _LINEAR = dict.fromkeys(METHODS, 1e-3) | {
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 1e-3,
-    "velora-qk": 2e-3,
 }
 LOCAL_RATES = {name: Rates(REST, rate) for name, rate in _LINEAR.items()}
 
