@@ -83,6 +83,7 @@ FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "velora-not-qk-average": ((3.2e-2, 1e-3),),
     "velora-qk": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
+    "velora-qk-faster": ((3.2e-2, 1e-3),),
     "apollo": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
     "velora-all-average": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "velora-all-running": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),

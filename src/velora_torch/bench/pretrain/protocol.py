@@ -40,6 +40,7 @@ VARIANTS = (
     Variant("velora-value-down-signs", "VeLoRA: v, down, random signs", "full"),
     Variant("velora-not-qk-average", "VeLoRA: all but q, k, fixed average", "full"),
     Variant("velora-qk", "VeLoRA: q, k alone", "full"),
+    Variant("velora-qk-faster", "VeLoRA: q, k alone, at twice the rate", "full"),
     Variant("velora-all-often", "VeLoRA: all, redrawn every 50 steps", "full"),
     Variant("velora-all-fixed", "VeLoRA: all, never redrawn", "full"),
     Variant("velora-all-gaussian", "VeLoRA: all, Gaussian v", "full"),
@@ -72,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
     "velora-not-qk-average": {"velora": _velora(NOT_QUERY_AND_KEY)},
     "velora-qk": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
+    "velora-qk-faster": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
     "velora-all-often": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": 50})},
     "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **FIXED)},
     "velora-all-gaussian": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "init": "random"})},
@@ -137,6 +139,9 @@ def method(
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
         train["learning_rates"] = {ALL_LINEAR: rates.linear}
+        if variant == "velora-qk-faster":
+            others = {NOT_QUERY_AND_KEY: rates.linear}
+            train["learning_rates"] = {QUERY_AND_KEY: 2 * rates.linear, **others}
     projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
     if variant.endswith("-gc"):
         train["gradient_checkpointing"] = True
