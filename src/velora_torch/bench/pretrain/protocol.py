@@ -139,9 +139,9 @@ def method(
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
         train["learning_rates"] = {ALL_LINEAR: rates.linear}
-        if variant == "velora-qk-faster":
-            others = {NOT_QUERY_AND_KEY: rates.linear}
-            train["learning_rates"] = {QUERY_AND_KEY: 2 * rates.linear, **others}
+    if variant == "velora-qk-faster":
+        linear = rates.rest if rates.linear is None else rates.linear
+        train["learning_rates"] = {QUERY_AND_KEY: 2 * linear, NOT_QUERY_AND_KEY: linear}
     projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
     if variant.endswith("-gc"):
         train["gradient_checkpointing"] = True
