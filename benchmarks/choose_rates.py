@@ -80,6 +80,7 @@ FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     "velora-value-down-signs": ((3.2e-2, 1e-3),),
     "galore": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
     "galore-eighth": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
+    "galore-twelfth": ((3.2e-2, 4e-3), (3.2e-2, 8e-3)),
     "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
     "velora-not-qk-average": ((3.2e-2, 1e-3),),
     "velora-qk": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),

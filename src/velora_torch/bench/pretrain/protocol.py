@@ -31,6 +31,7 @@ VARIANTS = (
     Variant("lora", "LoRA", "full"),
     Variant("galore", "GaLore", "full"),
     Variant("galore-eighth", "GaLore, rank 1/8", "full"),
+    Variant("galore-twelfth", "GaLore, rank 1/12", "full"),
     Variant("apollo", "APOLLO", "full"),
     Variant("flora", "FLoRA", "full"),
     Variant("velora-paper", "VeLoRA as published: v, down", "full"),
@@ -64,6 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"velora": None},
     "galore": {"velora": None},
     "galore-eighth": {"velora": None},
+    "galore-twelfth": {"velora": None},
     "apollo": {"velora": None},
     "flora": {"velora": None},
     "velora-paper": {"velora": _velora(VALUE_AND_DOWN, PUBLISHED_M, gradient="dense")},
@@ -91,10 +93,15 @@ METHODS: dict[str, dict[str, Any]] = {
 PROJECTING = {
     "galore": "galore_adamw",
     "galore-eighth": "galore_adamw",
+    "galore-twelfth": "galore_adamw",
     "apollo": "apollo_adamw",
     "flora": "flora",
 }
 """Optimizers that keep their state in a subspace, by variant."""
+RANK_SHARES = {"galore-eighth": 8, "galore-twelfth": 12}
+"""The width over the rank; 4 is GaLore's: 128 of 512 (256 of 768 is a third). With an eighth its
+moments are as large as those of VeLoRA with M = 8, with a twelfth its whole state is, which has
+projections besides."""
 WIDTHS = {"llama-3m": 256, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
 PROJECTION_GAP = 200  # GaLore's setting for C4; APOLLO and FLoRA take the same
 
@@ -116,6 +123,7 @@ REST = 3.2e-2  # the best of full training, which all methods have
 _LINEAR = dict.fromkeys(METHODS, 1e-3) | {
     "galore": 2e-3,
     "galore-eighth": 4e-3,
+    "galore-twelfth": 4e-3,
     "apollo": 2e-3,
     "lora": 2e-3,
     "flora": 5e-4,
@@ -132,9 +140,7 @@ def method(
 
     `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers.
     """
-    # GaLore's: 128 of 512, 256 of 768 (a third there). With an eighth its moments are as large as
-    # those of VeLoRA with M = 8; it keeps projections besides.
-    rank = WIDTHS[model] // (8 if variant == "galore-eighth" else 4)
+    rank = WIDTHS[model] // RANK_SHARES.get(variant, 4)
     top: dict[str, Any] = {"method": "full", **with_seed(METHODS[variant], seed)}
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
