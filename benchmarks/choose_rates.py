@@ -53,7 +53,7 @@ TASKS = {
     "glue": ("trec-50", "vader"),
     "vtab": ("emoji", "count"),
     "alpaca": ("trec-50",),
-    "pretrain": ("llama-3m",),
+    "pretrain": ("llama-3m", "llama-15m"),
 }
 COEFFICIENT_RATES = {
     "vtab": {
@@ -63,7 +63,8 @@ COEFFICIENT_RATES = {
     },
 }
 """Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
-FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
+Pairs = dict[str, tuple[tuple[float, float | None], ...]]
+SMALL: Pairs = {
     "full": (
         *((rate, None) for rate in (1e-3, 2e-3, 4e-3)),
         *((2e-3, rate) for rate in (5e-4, 1e-3)),
@@ -91,6 +92,13 @@ FROM_SCRATCH: dict[str, tuple[tuple[float, float | None], ...]] = {
     "lora": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
     "flora": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
 }
+LARGER: Pairs = {
+    "full": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
+    "velora-value-down": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
+    "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
+    "velora-all": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
+}
+FROM_SCRATCH = {"llama-3m": SMALL, "llama-15m": LARGER}
 """Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
 TRAIN, CHOOSE = 800, 200
 SEED = 100
@@ -102,17 +110,21 @@ Cell = tuple[str, str, float | None, float | None]
 pre-training, of the blocks' linear layers, if it is another."""
 
 
-def lines(bench: str) -> list[tuple[str, float | None, float | None]]:
-    """What is tried on each task: variant and its two rates."""
+Line = tuple[str, float | None, float | None]
+"""Variant and its two rates."""
+
+
+def lines(bench: str, task: str) -> list[Line]:
+    """What is tried on a task."""
     if bench == "pretrain":
-        return [(v, *pair) for v, pairs in FROM_SCRATCH.items() for pair in pairs]
+        return [(v, *pair) for v, pairs in FROM_SCRATCH[task].items() for pair in pairs]
     both = [(v, rate, None) for v, rates in RATES[bench].items() for rate in rates]
     own = COEFFICIENT_RATES.get(bench, {}).items()
     return [*both, *((v, None, rate) for v, rates in own for rate in rates)]
 
 
 def cells(bench: str) -> list[Cell]:
-    return [(task, *line) for task in TASKS[bench] for line in lines(bench)]
+    return [(task, *line) for task in TASKS[bench] for line in lines(bench, task)]
 
 
 def measure(bench: str, task: str, variant: str, rate: float | None, own: float | None) -> dict:
@@ -171,8 +183,10 @@ def table(bench: str) -> str:
     scores = {key(row): unit * row["score"] for row in done(bench)}
     tasks = TASKS[bench]
     head = f"| method | rate | own rate | {' | '.join(tasks)} | mean |"
+    order = list(dict.fromkeys(variant for _, variant, *_ in cells(bench)))
     shown = [head, "| --- " * (4 + len(tasks)) + "|"]
-    for variant, rate, own in lines(bench):
+    every = dict.fromkeys(line for task in tasks for line in lines(bench, task))
+    for variant, rate, own in sorted(every, key=lambda line: order.index(line[0])):
         line = [scores.get((task, variant, rate, own)) for task in tasks]
         numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in line)
         mean = "-" if None in line else f"{statistics.mean(line):.1f}"
