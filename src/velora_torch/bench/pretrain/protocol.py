@@ -118,9 +118,8 @@ class Rates:
 
 
 REST = 3.2e-2  # the best of full training, which all methods have
-# Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens,
-# for llama-3m; llama-15m takes the same.
-_LINEAR = dict.fromkeys(METHODS, 1e-3) | {
+# Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens.
+_SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "galore": 2e-3,
     "galore-eighth": 4e-3,
     "galore-twelfth": 4e-3,
@@ -130,7 +129,17 @@ _LINEAR = dict.fromkeys(METHODS, 1e-3) | {
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 1e-3,
 }
-LOCAL_RATES = {name: Rates(REST, rate) for name, rate in _LINEAR.items()}
+# The larger model: chosen for full training and three of VeLoRA; the others have half of theirs.
+_LARGER = {name: rate / 2 for name, rate in _SMALL.items()} | {
+    "full": 2.5e-4,
+    "velora-value-down": 5e-4,
+    "velora-not-qk": 1e-3,
+    "velora-all": 1e-3,
+}
+LOCAL_RATES = {
+    task: {name: Rates(REST, rate) for name, rate in rates.items()}
+    for task, rates in (("llama-3m", _SMALL), ("llama-15m", _LARGER))
+}
 
 
 def method(
@@ -174,7 +183,7 @@ LOCAL_BATCH, LOCAL_LENGTH = 16, 128
 
 def local_recipe(task: str, variant: str, seed: int, rates: Rates | None = None) -> dict[str, Any]:
     """A cell for two CPU cores; with other learning rates than the chosen ones, if given."""
-    top, train = method(variant, task, seed, rates or LOCAL_RATES[variant])
+    top, train = method(variant, task, seed, rates or LOCAL_RATES[task][variant])
     return {
         **top,
         "task": "pretrain",
