@@ -40,8 +40,9 @@ def fold_(
     noise = None
     if half and stochastic_seed is not None:
         noise = _Noise(outputs, features, stochastic_seed, weight_OD.device)
-        coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
-        decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
+        if weight_OD.device.type == "cpu":  # see _round_stochastically_
+            coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
+            decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
     rows = max(1, CHUNK.get(weight_OD.device.type, DEFAULT_CHUNK) // features)
     for start in range(0, outputs, rows):
         part = weight_OD[start : start + rows]
@@ -96,9 +97,10 @@ def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> N
     """
     if dtype == torch.bfloat16:
         # bfloat16 is the upper half of float32: add noise below the cut, then cut. NaN must not
-        # have all bits set, or the sum carries: GPUs compute such, CPUs pass on the operands'.
+        # have all bits set, or the sum carries. GPUs compute such ones; a CPU only passes on those
+        # of its operands, and fold_ has replaced them there, where they are fewer.
         if wide.device.type != "cpu":
-            wide = wide.nan_to_num_(float("nan"), float("inf"), float("-inf"))
+            wide.nan_to_num_(float("nan"), float("inf"), float("-inf"))
         wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
         return
     info = torch.finfo(dtype)
