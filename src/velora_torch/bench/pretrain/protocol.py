@@ -90,6 +90,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compressed, by variant."""
 
+FASTER = {"velora-qk-faster": QUERY_AND_KEY}
+"""Layers with twice the learning rate of the other linear layers, by variant."""
 PROJECTING = {
     "galore": "galore_adamw",
     "galore-eighth": "galore_adamw",
@@ -154,9 +156,9 @@ def method(
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
         train["learning_rates"] = {ALL_LINEAR: rates.linear}
-    if variant == "velora-qk-faster":
-        linear = rates.rest if rates.linear is None else rates.linear
-        train["learning_rates"] = {QUERY_AND_KEY: 2 * linear, NOT_QUERY_AND_KEY: linear}
+    if variant in FASTER:  # of two patterns that match, the later counts
+        twice = 2 * (rates.linear or rates.rest)
+        train.setdefault("learning_rates", {})[FASTER[variant]] = twice
     projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
     if variant.endswith("-gc"):
         train["gradient_checkpointing"] = True
