@@ -20,10 +20,9 @@ from velora_torch.bench.pretrain.table import lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
-from velora_torch.bench.statistics import Estimate
-from velora_torch.bench.table import format_estimate, summarise
-from velora_torch.bench.writing import MISSING, markdown_grid
-from velora_torch.report.quantities import format_bytes, format_ratio
+from velora_torch.bench.table import format_change, format_estimate, summarise
+from velora_torch.bench.writing import MISSING, known, markdown_grid
+from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,11 +69,10 @@ def _fine_tuning() -> str:
         average = {line.label: format_estimate(line.average) for line in summary.lines}
         for pair in summary.pairs:
             if "VeLoRA" in pair.label:
-                cells = [model, pair.label, average[pair.base], average[pair.label]]
-                body.append(
-                    [*cells, _signed(pair.gap, " points"), *_ratios(pair.memory, pair.time)]
-                )
-    header = ["fine-tuned", "method", "without", "with", "difference", "memory", "step"]
+                scores = [average[pair.base], average[pair.label], format_change(pair.gap)]
+                ratios = [known(ratio, format_ratio) for ratio in (pair.memory, pair.time)]
+                body.append([model, pair.label, *scores, *ratios])
+    header = ["fine-tuned", "method", "without", "with", "points", "memory", "step"]
     return markdown_grid(header, body)
 
 
@@ -82,20 +80,14 @@ def _pre_training() -> str:
     own, body = _finished("pretrain"), []
     for task in own.bench.scales[SCALE].tasks:
         for line in lines_of(own, task):
-            if line.variant.name not in PRE_TRAINED:
-                continue
-            optimizer = line.memory["optimizer_state"]
-            body.append(
-                [
-                    task,
-                    line.variant.label,
-                    format_estimate(line.perplexity, 1.0),
-                    _signed(line.relative, "%"),
-                    _bytes(optimizer),
-                    _bytes(line.peak),
-                ]
-            )
-    header = ["pre-trained", "method", "perplexity", "against full", "optimizer state", "peak"]
+            if line.variant.name in PRE_TRAINED:
+                quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
+                sizes = (line.memory["optimizer_state"], line.peak)
+                memory = [known(size, format_bytes) for size in sizes]
+                step = known(line.step and line.step.median, format_seconds)
+                body.append([task, line.variant.label, *quality, *memory, step])
+    header = ["pre-trained", "method", "perplexity", "% against full", "optimizer state"]
+    header += ["peak", "step"]
     return markdown_grid(header, body)
 
 
@@ -104,23 +96,8 @@ def _speed() -> str:
     body = []
     for case, variant, base, words in TIMED:
         ratio = against(rows.get(case, ()), variant, base)
-        body.append([words, MISSING if ratio is None else format_spread(ratio)])
+        body.append([words, format_spread(ratio) if ratio else MISSING])
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
-
-
-def _signed(value: Estimate | None, unit: str) -> str:
-    if value is None:
-        return MISSING
-    error = "" if value.error is None else f" ± {100 * value.error:.1f}"
-    return f"{100 * value.mean:+.1f}{error}{unit}"
-
-
-def _ratios(*values: float | None) -> list[str]:
-    return [MISSING if value is None else format_ratio(value) for value in values]
-
-
-def _bytes(value: float | None) -> str:
-    return MISSING if value is None else format_bytes(round(value))
 
 
 def with_results(readme: str) -> str:

@@ -172,11 +172,10 @@ def _time(
 
 def _write_table(chosen: Bench, scale: str, grid: Sequence[Cell], output: Path, say: Say) -> int:
     """Write table.md and the plot from all rows of today's recipes, this call's or not."""
-    rows = read_rows(output / ROWS)
-    if not rows:
+    finished, stale = collect(chosen, scale, output, grid)
+    if not (finished.rows or stale):
         say(f"{output / ROWS}: no finished cell yet, so there is no table")
         return 1
-    finished, stale = collect(chosen, scale, output, grid)
     if stale:
         say(f"{stale} rows of former recipes are not in the table")
     output.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from velora_torch.bench.statistics import (
     verdict,
 )
 from velora_torch.bench.timing import StepTime, newest_with
-from velora_torch.bench.writing import MISSING, markdown_grid, origin
+from velora_torch.bench.writing import MISSING, known, markdown_grid, origin
 from velora_torch.report.quantities import (
     format_bytes,
     format_count,
@@ -159,6 +159,12 @@ def format_estimate(value: Estimate | None, factor: float = 100.0, digits: int =
     return shown if value.error is None else f"{shown} ± {factor * value.error:.{digits}f}"
 
 
+def format_change(value: Estimate | None, digits: int = 1) -> str:
+    """0.012 and 0.004 as "+1.2 ± 0.4": a difference always has its sign."""
+    shown = format_estimate(value, digits=digits)
+    return f"+{shown}" if value is not None and value.mean >= 0 else shown
+
+
 def _main_table(summary: Summary) -> str:
     if not summary.lines:
         return "No cell is finished yet."
@@ -168,8 +174,12 @@ def _main_table(summary: Summary) -> str:
     header += ["step"] * timed + summary.tasks + ["average"] + ["perplexity"] * perplexity
     body = []
     for line in summary.lines:
-        cells = [line.label, _bytes(line.memory), _bytes(line.activations)]
-        cells.append(MISSING if line.parameters is None else format_count(line.parameters))
+        cells = [
+            line.label,
+            known(line.memory, format_bytes),
+            known(line.activations, format_bytes),
+        ]
+        cells.append(known(line.parameters, format_count))
         if timed:
             cells.append(_step(line.step))
         cells += [format_estimate(line.scores[task]) for task in summary.tasks]
@@ -187,9 +197,9 @@ def _pairs_table(summary: Summary) -> str:
         [
             pair.label,
             pair.base,
-            _signed(pair.gap),
-            _ratio(pair.memory),
-            _ratio(pair.time),
+            format_change(pair.gap, 2),
+            known(pair.memory, format_ratio),
+            known(pair.time, format_ratio),
             pair.verdict,
         ]
         for pair in summary.pairs
@@ -245,18 +255,5 @@ def _perplexity(rows: Sequence[Row], tasks: Sequence[str]) -> Estimate | None:
     return average([estimate(values) for values in by_task])
 
 
-def _bytes(count: float | None) -> str:
-    return MISSING if count is None else format_bytes(count)
-
-
-def _ratio(ratio: float | None) -> str:
-    return MISSING if ratio is None else format_ratio(ratio)
-
-
 def _step(step: StepTime | None) -> str:
     return MISSING if step is None else format_seconds(step.median)
-
-
-def _signed(gap: Estimate | None) -> str:
-    shown = format_estimate(gap, digits=2)
-    return f"+{shown}" if gap is not None and gap.mean >= 0 else shown

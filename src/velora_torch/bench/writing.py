@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from velora_torch.report.quantities import format_seconds
@@ -14,6 +14,11 @@ def markdown_grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; all columns but the first are numbers."""
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def known(value: float | None, shown: Callable[[float], str]) -> str:
+    """A number as `shown` has it; "-" where it was not measured."""
+    return MISSING if value is None else shown(value)
 
 
 class Measured(Protocol):

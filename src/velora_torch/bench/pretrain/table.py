@@ -9,9 +9,9 @@ from pathlib import Path
 
 from velora_torch.bench.grid import Finished, Row, Variant
 from velora_torch.bench.statistics import Estimate, estimate
-from velora_torch.bench.table import format_estimate
+from velora_torch.bench.table import format_change, format_estimate
 from velora_torch.bench.timing import StepTime, newest_with
-from velora_torch.bench.writing import MISSING, markdown_grid, origin
+from velora_torch.bench.writing import MISSING, known, markdown_grid, origin
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
 
 CATEGORIES = {
@@ -113,9 +113,9 @@ def _table(lines: Sequence[Line]) -> str:
             line.variant.label,
             ", ".join(f"{rate:g}" for rate in line.rates),
             format_estimate(line.perplexity, 1.0, 2),
-            _signed(line.relative),
-            *(_bytes(line.memory[name]) for name in CATEGORIES),
-            _bytes(line.peak),
+            _percent(line.relative),
+            *(known(line.memory[name], format_bytes) for name in CATEGORIES),
+            known(line.peak, format_bytes),
         ]
         if line.step is None:
             cells += [MISSING] * 3
@@ -155,12 +155,5 @@ def _step_tokens(row: Row) -> int:
     return int(train["batch_size"] * train["accumulation"] * length)
 
 
-def _bytes(count: float | None) -> str:
-    return MISSING if count is None else format_bytes(count)
-
-
-def _signed(gap: Estimate | None) -> str:
-    if gap is None:
-        return MISSING
-    shown = format_estimate(gap, 100.0, 1)
-    return f"+{shown} %" if gap.mean >= 0 else f"{shown} %"
+def _percent(gap: Estimate | None) -> str:
+    return MISSING if gap is None else f"{format_change(gap)} %"
