@@ -24,9 +24,15 @@ WIDTH, OUTPUTS, GROUPS = 62, 64, 16  # 16 groups of 4; the last has two features
 
 
 @pytest.fixture(autouse=True)
-def no_overrides():
-    """Trainers that ran before ask for 32 bits of some parameters, which are known by their id."""
-    bnb.GlobalOptimManager.get_instance().initialize()
+def overriding(monkeypatch):
+    """bitsandbytes' settings by parameter: none at first, and forgotten after the test.
+
+    Trainers of other tests leave some, for ids that new parameters may get again.
+    """
+    manager = bnb.GlobalOptimManager.get_instance()
+    monkeypatch.setattr(manager, "pid2config", {})
+    monkeypatch.setattr(manager, "index2config", {})
+    return manager
 
 
 class Net(nn.Module):
@@ -173,15 +179,6 @@ def test_coupled_decay_is_refused(make, why):
         return
     with pytest.raises(ValueError, match=f"{make.func.__name__} .*{why}"):
         step(model, optimizer, batches(1)[0])
-
-
-@pytest.fixture
-def overriding(monkeypatch):
-    """bitsandbytes' settings by parameter, forgotten after the test."""
-    manager = bnb.GlobalOptimManager.get_instance()
-    monkeypatch.setattr(manager, "pid2config", {})
-    monkeypatch.setattr(manager, "index2config", {})
-    return manager
 
 
 def test_overridden_settings_of_one_parameter_are_followed(overriding):
