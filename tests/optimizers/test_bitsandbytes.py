@@ -27,7 +27,8 @@ WIDTH, OUTPUTS, GROUPS = 62, 64, 16  # 16 groups of 4; the last has two features
 def overriding(monkeypatch):
     """bitsandbytes' settings by parameter: none at first, and forgotten after the test.
 
-    Trainers of other tests leave some, for ids that new parameters may get again.
+    They are kept for the process, by a parameter's id and by its place in any optimizer: a Trainer
+    that ran before, which wants 32 bits for embeddings, would leave some for the first place.
     """
     manager = bnb.GlobalOptimManager.get_instance()
     monkeypatch.setattr(manager, "pid2config", {})
