@@ -23,6 +23,7 @@ from velora_torch.analysis.results import Analysis, LayerInfo, write_analysis
 from velora_torch.analysis.rows import Table
 from velora_torch.analysis.similarity import THRESHOLDS
 from velora_torch.atomic import write_whole
+from velora_torch.half_products import float32_products
 from velora_torch.report.environment import machine_info, version_info
 from velora_torch.report.quantities import format_seconds
 from velora_torch.report.results import RunInfo
@@ -100,6 +101,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         ) from None
 
 
+@float32_products()
 def analyze(recipe: Recipe, request: Request, say: Say) -> Analysis:
     """Measure a recipe's layers, and write JSON, plots and a summary.
 

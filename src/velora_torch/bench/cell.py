@@ -15,11 +15,13 @@ from pathlib import Path
 
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.grid import Cell, Row
+from velora_torch.half_products import float32_products
 from velora_torch.memory.freed import TargetWarning
 from velora_torch.report.results import Quality, Results
 from velora_torch.training.recipe import Recipe
 
 
+@float32_products()
 def run_cell(cell: Cell, command: str, scratch: Path) -> Row:
     """Train and score one cell.
 

@@ -15,6 +15,7 @@ from velora_torch.bench.grid import Cell
 from velora_torch.bench.interleave import Clock, Step, interleave, spread
 from velora_torch.bench.store import append_line, read_records
 from velora_torch.bench.surroundings import surroundings
+from velora_torch.half_products import float32_products
 
 Say = Callable[[str], None]
 ROUNDS = 7
@@ -43,6 +44,7 @@ class StepTime:
     command: str = ""
 
 
+@float32_products()
 def time_variants(
     cells: Sequence[Cell],
     make_step: Callable[[Cell], Step],

@@ -65,4 +65,6 @@ def _machine(row: Measured) -> str:
         return "unknown"
     device = about.get("device", "cpu")
     where = f"{about.get('cpu')}, {about.get('cores')} cores"
+    if about.get("half_products") == "float32":
+        where += " without bfloat16 instructions"
     return where if device == "cpu" else f"{device} ({where})"

@@ -33,8 +33,14 @@ _CGROUP_LIMITS = (
 
 def machine_info(device: str | torch.device = "cpu") -> MachineInfo:
     """CPU, cores and memory that this process may use, and the name of the training `device`."""
+    from velora_torch import half_products  # and torch with it
+
     info = MachineInfo(
-        cpu=_cpu_model(), cores=_cores(), memory_bytes=_memory_bytes(), device=str(device)
+        cpu=_cpu_model(),
+        cores=_cores(),
+        memory_bytes=_memory_bytes(),
+        device=str(device),
+        half_products="float32" if half_products.are_float32() else "native",
     )
     if str(device).startswith("cuda"):
         import torch

@@ -32,6 +32,8 @@ class MachineInfo:
     """What trained: "cpu", or the accelerator's name."""
     device_memory_bytes: int | None = None
     """The accelerator's memory; None on a CPU."""
+    half_products: str = "native"
+    """How the CPU multiplied half-precision matrices: "native", or "float32" (half_products.py)."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from velora_torch import half_products
 from velora_torch.model import compressed_layers
 from velora_torch.overview import summary
 from velora_torch.report.environment import machine_info, version_info
@@ -44,6 +45,7 @@ class Options:
     """Write report.html."""
 
 
+@half_products.float32_products()
 def run(recipe: Recipe, options: Options, say: Say) -> Results:
     """Train as the recipe says.
 
@@ -66,6 +68,8 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     from velora_torch.training import models
 
     models.quiet()
+    if half_products.are_float32():
+        say("this CPU has no bfloat16 instructions: products are computed in float32 and rounded")
     say("preparing the data")
     tokenizer, data = prepare_data(recipe, say)
     say(describe_data(data))

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 
 import pytest
+import torch
 
 pytest.importorskip("pydantic")
 pytest.importorskip("matplotlib")
@@ -73,6 +74,15 @@ def test_a_whole_bench(tmp_path):
     assert "case 2/4: layer: a layer" in said
     assert "layer: plain+compile 1.25×, reconstruct 1.50×" in said
     assert (tmp_path / "table.md").read_text() in said
+
+
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)])
+def test_cases_that_take_very_long_here_are_named(monkeypatch, tmp_path, slow):
+    monkeypatch.setattr("velora_torch.bench.speed.command.slow_types", lambda: slow)
+    code, said = go(tmp_path)
+    assert code == 0
+    named = "Such cases: model,layer,layer-lora,parts"
+    assert (named in said) == bool(slow)
 
 
 def test_a_second_call_times_nothing(tmp_path):

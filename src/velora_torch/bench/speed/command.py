@@ -24,6 +24,7 @@ from velora_torch.bench.speed.session import Outcome, run_case
 from velora_torch.bench.speed.table import found_rows, markdown
 from velora_torch.bench.speed.variants import VARIANTS, Timed, variants_of
 from velora_torch.bench.store import alone, append_line
+from velora_torch.half_products import slow_types
 from velora_torch.report.quantities import format_ratio
 
 Say = Callable[[str], None]
@@ -75,6 +76,7 @@ def speed(
     if request.table_only:
         return _write_table(request.folder, known, say)
     check_packages(tasks)
+    _warn_of_slow_types(tasks, say)
     if run is None:
         run = partial(run_case, command=request.command)
     failed: list[str] = []
@@ -98,6 +100,16 @@ def speed(
     for line in failed:
         say(f"failed: {line}")
     return _write_table(request.folder, known, say) or int(bool(failed))
+
+
+def _warn_of_slow_types(tasks: Sequence[Task], say: Say) -> None:
+    slow = {str(dtype).removeprefix("torch.") for dtype in slow_types()}
+    cases = ",".join(task.case.name for task in tasks if task.case.dtype in slow)
+    if cases:
+        say(
+            "this CPU has no bfloat16 instructions: PyTorch multiplies bfloat16 about a hundred "
+            f"times slower than float32, and is timed as it is. Such cases: {cases}"
+        )
 
 
 def _attempt(run: RunCase, task: Task, rounds: int, say: Say) -> Outcome:
