@@ -6,6 +6,7 @@ step the coefficients are folded into the weight. See ``docs/method.md``.
 """
 
 from velora_torch import memory
+from velora_torch.choosing import check_ranks, choose_vectors
 from velora_torch.config import VeloraConfig
 from velora_torch.export import export_lora
 from velora_torch.model import compress, fold, restore
@@ -14,6 +15,8 @@ from velora_torch.recomputation import recompute as recompute
 
 __all__ = [
     "VeloraConfig",
+    "check_ranks",
+    "choose_vectors",
     "compress",
     "export_lora",
     "fold",

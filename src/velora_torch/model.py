@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from velora_torch.choosing import choose_before_forwards, forget
 from velora_torch.config import VeloraConfig
 from velora_torch.integrations.bitsandbytes import keep_differentiable
 from velora_torch.integrations.peft_watch import unwatch_adapters, watch_adapters
@@ -110,6 +111,7 @@ def compress(model: ModelT, config: VeloraConfig | None = None) -> ModelT:
     watch_adapters(model, config)
     if not known:
         arm(model)
+    choose_before_forwards(model)
     return model
 
 
@@ -148,7 +150,7 @@ def restore(model: ModelT, drop_pending: bool = False) -> ModelT:
         for layer in compressed_layers(model).values():
             if isinstance(layer, CompressedQuantized):
                 layer._drop_pending()
-    unwatch_adapters(disarm(fold(model)))
+    unwatch_adapters(disarm(forget(fold(model))))
     for adapter in compressed_adapters(model).values():
         adapter.stop()
     for layer in compressed_layers(model).values():

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from velora_torch.sharding import block_of, local
+
 Group = dict[str, Any]
 
 
@@ -215,4 +217,5 @@ def turn_moments(
 
                 scale_quantised_(state, name, factor)
             else:
-                moment.mul_(factor.to(moment.dtype))
+                part, column = local(moment), block_of(moment).column
+                part.mul_(factor[column : column + part.shape[1]].to(moment.dtype))

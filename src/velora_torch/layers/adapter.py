@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from velora_torch import ranks
 from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.adapter_sites import FindProducts, Product
 from velora_torch.layers.base import _compute_dtype, _in_transform
@@ -70,6 +72,8 @@ class AdapterState:
     products: tuple[tuple[str, int, frozenset[str]], ...]
     """(kind, D, attributes that hold the trained operand) of all products of the forward."""
     steps: int = 0
+    asked: bool = False
+    """All ranks were asked for what reaches its products, once at least."""
     sites: dict[str, Site] = field(default_factory=dict)
 
 
@@ -156,11 +160,11 @@ class CompressedAdapter(nn.Module):
     def _product(self, key: str, product: Product) -> Tensor | None:
         """The result of a product, ``None`` to compute it exactly."""
         state, x = self.velora_adapter, product.x
-        site = self._site(key, product)
-        if site is None or x.numel() == 0:
+        site = self._site(key, product.features, x.dtype, x.device)
+        if x.numel() == 0:
             return None
         if site.due and self.training:
-            _draw(site, x.detach(), f"{state.name}/{key}", state)
+            _choose(site, x.detach(), f"{state.name}/{key}", state)
         if not site.drawn:  # evaluation before training
             return None
         v, scale = site.vectors, state.config.scale
@@ -182,18 +186,39 @@ class CompressedAdapter(nn.Module):
             x, product.operand, product.bias, None, z, v, None, scale, transposed, state.name
         )
 
-    def _site(self, key: str, product: Product) -> Site | None:
+    def _site(self, key: str, features: int, dtype: torch.dtype, device: torch.device) -> Site:
         state = self.velora_adapter
         if key not in state.sites:
-            groups, size = state.config.groups(state.name, product.features)
-            device = product.x.device
-            wide = torch.promote_types(product.x.dtype, torch.float32)
-            mask = choose.feature_mask(groups, size, product.features, device)
-            state.sites[key] = Site(product.features, choose.uniform(mask, wide))
+            groups, size = state.config.groups(state.name, features)
+            wide = torch.promote_types(dtype, torch.float32)
+            mask = choose.feature_mask(groups, size, features, device)
+            state.sites[key] = Site(features, choose.uniform(mask, wide))
         site = state.sites[key]
-        if site.vectors.device != product.x.device:
-            site.vectors = site.vectors.to(product.x.device)
+        if site.vectors.device != device:
+            site.vectors = site.vectors.to(device)
         return site
+
+    def needs_data(self) -> bool:
+        """Whether the next training forward is to choose vectors from its products."""
+        state = self.velora_adapter
+        if not self.training or state.config.init in RANDOM:
+            return False
+        return any(site.due for site in state.sites.values()) or not (state.sites or state.asked)
+
+    def draw_from(self, found: Mapping[str, ranks.Gathered]) -> None:
+        """Choose vectors from what all ranks saw of products, by the adapter's name and theirs."""
+        state, start = self.velora_adapter, f"{self.velora_adapter.name}/"
+        state.asked = True
+        device = next(self.parameters()).device
+        for name, gathered in found.items():
+            if not name.startswith(start):
+                continue
+            key, features = name.removeprefix(start), gathered.rows.shape[1]
+            site = self._site(key, features, gathered.dtype, device)
+            if site.due:
+                _draw(site, gathered.rows.to(device), name, state)
+        for site in state.sites.values():
+            site.due = site.due and not site.drawn
 
     def after_step(self) -> None:
         """An optimizer has changed parameters of this adapter: vectors may be due."""
@@ -278,22 +303,33 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             adapter.after_step()
 
 
+def _choose(site: Site, x: Tensor, name: str, state: AdapterState) -> None:
+    """Draw from the input of a product, or leave it to what all ranks know."""
+    config = state.config
+    if ranks.choosing() and config.init not in RANDOM:
+        groups = len(site.vectors) if config.vectors == "shared" else 1
+        x_TD, dtype = x.reshape(-1, site.features), site.vectors.dtype
+        if not ranks.offer(name, x_TD, config.init, groups, dtype):
+            _draw(site, None, name, state)
+    else:
+        _draw(site, x, name, state)
+
+
 @torch.no_grad()
-def _draw(site: Site, x: Tensor, name: str, state: AdapterState) -> None:
+def _draw(site: Site, x: Tensor | None, name: str, state: AdapterState) -> None:
     config, old = state.config, site.vectors
     groups, size = old.shape
     mask = choose.feature_mask(groups, size, site.features, old.device)
     per_group = config.vectors == "per_group"
-    x_TD = x.reshape(-1, site.features)
-    if config.init in RANDOM:
+    if config.init in RANDOM or x is None:
         shape = (groups, size)
         counter, dtype = site.draws, old.dtype
         raw = choose.random(name, config.seed, counter, shape, per_group, dtype, config.init)
         raw = raw.to(old.device)
     elif config.init == "svd":
-        raw = choose.singular(x_TD, groups, size, per_group, old.dtype)
+        raw = choose.singular(x.reshape(-1, site.features), groups, size, per_group, old.dtype)
     else:
-        raw = choose.mean_sub_token(x_TD, groups, size, old.dtype)
+        raw = choose.mean_sub_token(x.reshape(-1, site.features), groups, size, old.dtype)
         raw = raw if per_group else choose.share(raw, mask)
         if config.init == "running_average":
             past = torch.zeros_like(raw) if site.running is None else site.running

@@ -10,15 +10,18 @@ Shapes: T tokens, D input features, G groups, M features per sub-token, O output
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from velora_torch import ranks
 from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
 from velora_torch.layers.state import TENSORS, LayerState
 from velora_torch.recomputation.deferred import plain
+from velora_torch.sharding import Block, block_of, is_sharded, like, local, rows_of
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import (
     ExposedWeight,
@@ -47,6 +50,8 @@ class CompressedLayer(PlainOutside):
     velora_running: Tensor | None
     velora_turn: Tensor | None
     velora_sign_turn: Tensor | None
+    _shard: tuple[int, int]
+    """Identity and version of sharded coefficients, when they were last known."""
 
     # ------------------------------------------------------------------ making and unmaking
 
@@ -82,7 +87,7 @@ class CompressedLayer(PlainOutside):
             self._non_persistent_buffers_set.discard(f"velora_{tensor}")
         LIVE.discard(self)
         for attribute in ("velora", "_unchecked", *PROCESS):
-            del self.__dict__[attribute]
+            self.__dict__.pop(attribute, None)
 
     # ------------------------------------------------------------------ shapes and the weight
 
@@ -95,9 +100,15 @@ class CompressedLayer(PlainOutside):
 
     @property
     def weight_OD(self) -> Tensor:
-        """The weight as (O, D), a view."""
-        weight = self.raw_weight.detach()
+        """The weight as (O, D), a view; of a sharded weight this rank's block."""
+        weight = local(self.raw_weight.detach())
         return weight.t() if self.transposed else weight
+
+    @property
+    def block(self) -> Block:
+        """Where :attr:`weight_OD` lies in the whole weight."""
+        block = block_of(self.raw_weight.detach())
+        return block.transposed if self.transposed else block
 
     @property
     def outputs(self) -> int:
@@ -121,8 +132,11 @@ class CompressedLayer(PlainOutside):
         trains = coef is not None and torch.is_grad_enabled() and coef.requires_grad
         if not (self._substituted() or torch.compiler.is_compiling()):
             self.settle()
-            if not trains and self.velora.pending and self.velora.config.fold_every is not None:
+            folds = self.velora.config.fold_every is not None
+            if self.velora.pending and folds and not (trains or self._is_gathered()):
                 self.fold_all()
+        if is_sharded(self.raw_weight):  # whoever moves and gathers shards wants them as they are
+            return self.raw_weight
         pending = self.velora.pending or self._substituted()
         weight = self.merged_weight() if pending else self.raw_weight
         if coef is None or not trains:
@@ -159,7 +173,7 @@ class CompressedLayer(PlainOutside):
         # DoRA calls lora_A on the identity too, for the norm of the weight: those are no tokens.
         no_tokens = draws and is_identity(x)
         if draws and not no_tokens:
-            self.draw(x)
+            self.choose(x)
         e = self.direction_GM if state.pending or substituted else None
         if not trains:
             y = apply_linear(x, weight, bias, self.transposed)
@@ -177,9 +191,20 @@ class CompressedLayer(PlainOutside):
 
     # ------------------------------------------------------------------ vectors
 
+    def choose(self, x: Tensor) -> None:
+        """Draw from the input of a training forward, or leave it to what all ranks know."""
+        state = self.velora
+        if ranks.choosing() and state.config.init not in RANDOM:
+            x_TD, dtype = x.detach().reshape(-1, self.features), self.velora_vectors.dtype
+            groups = state.groups if self.shared else 1
+            if not ranks.offer(state.name, x_TD, state.config.init, groups, dtype):
+                self.draw(None)
+        else:
+            self.draw(x)
+
     @torch.no_grad()
     def draw(self, x: Tensor | None) -> None:
-        """Choose vectors: from the input x (..., D), or without data for random ones.
+        """Choose vectors: from the input x (..., D), or random ones without it.
 
         Only when no coefficients are pending; the turn from old to new vectors is kept, and
         applied to the optimizer's first moments before its next step.
@@ -187,6 +212,12 @@ class CompressedLayer(PlainOutside):
         state, config = self.velora, self.velora.config
         if state.pending:
             self.collect()
+        if state.pending and self._is_gathered():
+            raise RuntimeError(
+                f"VeLoRA: the coefficients of layer {state.name!r} were changed without an "
+                f"optimizer's step, and new vectors are due: call velora_torch.fold(model) after "
+                f"such changes where parameters are sharded"
+            )
         if state.pending and state.frozen:  # the base stays, and so do the vectors
             state.due = False
             return
@@ -195,7 +226,7 @@ class CompressedLayer(PlainOutside):
         old = self.velora_vectors
         mask = choose.feature_mask(state.groups, state.size, self.features, old.device)
         per_group = config.vectors == "per_group"
-        if config.init in RANDOM:
+        if config.init in RANDOM or x is None:
             raw = choose.random(
                 state.name,
                 config.seed,
@@ -206,7 +237,6 @@ class CompressedLayer(PlainOutside):
                 config.init,
             ).to(old.device)
         else:
-            assert x is not None
             raw = self._raw_from(x.detach().reshape(-1, self.features), mask, per_group)
         new, valid = choose.normalise(raw, mask, old)
         if state.steps:
@@ -243,6 +273,17 @@ class CompressedLayer(PlainOutside):
         unchecked, self._unchecked = self._unchecked, None
         return unchecked
 
+    def needs_data(self) -> bool:
+        """Whether the next training forward is to choose vectors from its input."""
+        state, coef = self.velora, self._parameters["coef"]
+        trained = self.raw_weight if coef is None else coef
+        return (
+            state.due
+            and self.training
+            and trained.requires_grad
+            and state.config.init not in RANDOM
+        )
+
     def draw_again(self) -> None:
         """Forget the first draw: the next training forward chooses vectors."""
         self.velora.drawn, self.velora.due = False, True
@@ -273,7 +314,35 @@ class CompressedLayer(PlainOutside):
             coef.requires_grad_(trains)
 
     def _note_seen(self) -> None:
-        self._own, self._seen = id(self._parameters["coef"]), self._version_now()
+        coef = self._parameters["coef"]
+        self._own, self._seen = id(coef), self._version_now()
+        if is_sharded(coef):
+            self._shard = (self._own, self._seen)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; FSDP puts whole parameters in the place of sharded ones, and back.
+
+        Both are the layer's own then, unlike the tensors of ``torch.func.functional_call``.
+        """
+        parameters = self.__dict__.get("_parameters", {})
+        former = parameters.get(name) if isinstance(value, nn.Parameter) else None
+        if former is None:
+            super().__setattr__(name, value)
+            return
+        moves = name == "coef" and (is_sharded(value) or is_sharded(former))
+        if moves and "_own" in self.__dict__:
+            changed = id(former) == self._own and former._version != self._seen
+            if is_sharded(value) and self.__dict__.get("_shard", (0, 0))[0] == id(value):
+                changed = changed or value._version != self._shard[1]
+            self.velora.pending = self.velora.pending or changed
+        self._parameters[name] = value
+        if moves:
+            self._mark = None
+            self._note_seen()
+
+    def _is_gathered(self) -> bool:
+        """Whether FSDP has put whole parameters in the place of sharded ones for now."""
+        return "_shard" in self.__dict__ and not is_sharded(self._parameters["coef"])
 
     def _gradient_was_used(self) -> bool:
         """Whether a gradient that autograd left in ``coef`` is gone or changed since.
@@ -329,7 +398,7 @@ class CompressedLayer(PlainOutside):
         if coef is None:
             return
         self.settle()
-        if has_values(coef):
+        if has_values(coef) and not is_sharded(coef):  # ranks with other shards see other values
             self.velora.pending = bool(coef.detach().any())
 
     def fold_all(self) -> None:
@@ -383,7 +452,7 @@ class CompressedLayer(PlainOutside):
         seed = None
         if config.rounding == "stochastic":
             seed = choose.layer_seed(state.name, config.seed, state.folds)
-        fold_(self.weight_OD, coef.detach(), self.direction_GM, decay, seed)
+        self._add(coef.detach(), decay, seed)
         state.folds += 1
         self._note_decay(decay)
         if config.track_delta:
@@ -400,9 +469,18 @@ class CompressedLayer(PlainOutside):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """A copy of the weight, as stored, with pending coefficients in it."""
-        delta = expand(self.coef.detach(), self.direction_GM, self.features)
-        merged = (self.weight_OD.to(delta.dtype) + delta).to(self.raw_weight.dtype)
-        return merged.t().contiguous() if self.transposed else merged
+        block, weight = self.block, self.weight_OD
+        coef = rows_of(self.coef.detach(), block, len(weight))
+        end = block.column + weight.shape[1]
+        delta = expand(coef, self.direction_GM, end)[:, block.column :]
+        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        return like(merged.t().contiguous() if self.transposed else merged, self.raw_weight)
+
+    def _add(self, coef_OG: Tensor, decay: float | Tensor, seed: int | None) -> None:
+        """``W <- decay * W + coef (x) e``, in the block that this rank holds."""
+        weight, block = self.weight_OD, self.block
+        rows = rows_of(coef_OG, block, len(weight))
+        fold_(weight, rows, self.direction_GM, decay, seed, block)
 
     @torch.no_grad()
     def _decay(self, decay: float | Tensor) -> None:
@@ -412,7 +490,7 @@ class CompressedLayer(PlainOutside):
             seed = None
             if config.rounding == "stochastic":
                 seed = choose.layer_seed(state.name, config.seed, -1 - state.steps)
-            fold_(self.weight_OD, nothing, self.direction_GM, decay, seed)
+            self._add(nothing, decay, seed)
             self._note_decay(decay)
 
     def _note_decay(self, decay: float | Tensor) -> None:

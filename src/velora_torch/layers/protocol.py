@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from velora_torch.layers.state import LayerState
 
-PROCESS = ("_seen", "_own", "_mark")
+PROCESS = ("_seen", "_own", "_mark", "_shard")
 """Attributes that mean nothing in a copy: identities and version counters."""
 
 

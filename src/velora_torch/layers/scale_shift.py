@@ -101,7 +101,7 @@ class CompressedScaleShift(CompressedLayer):
             self._check_functional()
         tokens = x.detach().movedim(self.dim, -1)
         if state.due and self.training and x.numel() > 0 and not functional:
-            self.draw(tokens)
+            self.choose(tokens)
         z = None
         if state.drawn or x.numel() == 0:
             z = project(tokens, self.velora_vectors, self.shared).to(_compute_dtype(x))

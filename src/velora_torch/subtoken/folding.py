@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from velora_torch.sharding import Block
 from velora_torch.subtoken.factored import expand
 
 CHUNK = {"cpu": 1 << 19}
@@ -21,6 +22,7 @@ def fold_(
     e_GM: Tensor,
     decay: float | Tensor = 1.0,
     stochastic_seed: int | None = None,
+    block: Block | None = None,
 ) -> None:
     """Add ``coef[o, g] * e[g, m]`` to ``decay * weight`` in place.
 
@@ -30,16 +32,19 @@ def fold_(
         e_GM: v for optimizers that are linear in the gradient, sign(v) for scale-invariant ones.
         decay: 1 - lr * weight_decay of this step.
         stochastic_seed: seed of the rounding of 16-bit weights; ``None`` rounds to nearest.
+        block: where the weight lies in the whole one, of which ``coef`` has the same rows and
+            ``e`` all groups; rounding is that of the whole weight.
     """
     outputs, features = weight_OD.shape
-    if outputs == 0:
+    if weight_OD.numel() == 0:
         return
+    block = block or Block(0, 0, outputs, features)
     e_GM = e_GM.to(coef_OG.dtype)
     decays = isinstance(decay, Tensor) or decay != 1.0
     half = weight_OD.dtype in (torch.bfloat16, torch.float16)
     noise = None
     if half and stochastic_seed is not None:
-        noise = _Noise(outputs, features, stochastic_seed, weight_OD.device)
+        noise = _Noise(block, features, stochastic_seed, weight_OD.device)
         if weight_OD.device.type == "cpu":  # see _round_stochastically_
             coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
             decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
@@ -49,7 +54,7 @@ def fold_(
         wide = part.to(coef_OG.dtype) if half else part
         if decays:
             wide.mul_(decay)
-        _add_product_(wide, coef_OG[start : start + rows], e_GM)
+        _add_product_(wide, coef_OG[start : start + rows], e_GM, block.column)
         if not half:
             continue
         if noise is not None:
@@ -57,13 +62,13 @@ def fold_(
         part.copy_(wide)
 
 
-def _add_product_(weight_OD: Tensor, coef_OG: Tensor, e_GM: Tensor) -> None:
-    """``weight[o, g M + m] += coef[o, g] * e[g, m]``, in one pass where groups are whole."""
+def _add_product_(weight_OD: Tensor, coef_OG: Tensor, e_GM: Tensor, column: int) -> None:
+    """``weight[o, g M + m - column] += coef[o, g] * e[g, m]``, in one pass where all is whole."""
     features = weight_OD.shape[1]
     if features == e_GM.numel() and weight_OD.is_contiguous():
         weight_OD.unflatten(1, e_GM.shape).addcmul_(coef_OG.unsqueeze(-1), e_GM)
     else:
-        weight_OD.add_(expand(coef_OG, e_GM, features))
+        weight_OD.add_(expand(coef_OG, e_GM, column + features)[:, column:])
 
 
 def _one_nan(x: Tensor) -> Tensor:
@@ -78,12 +83,13 @@ class _Noise:
     uncorrelated errors asks for.
     """
 
-    def __init__(self, outputs: int, features: int, seed: int, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
+    def __init__(self, block: Block, features: int, seed: int, device: torch.device) -> None:
+        generator, whole = torch.Generator(device).manual_seed(seed), (block.rows, block.columns)
         numbers = torch.randint(
-            0, 1 << 16, (outputs + features,), generator=generator, device=device, dtype=torch.int32
+            0, 1 << 16, (sum(whole),), generator=generator, device=device, dtype=torch.int32
         )
-        self._a_O, self._b_D = numbers.split((outputs, features))
+        a_O, b_D = numbers.split(whole)
+        self._a_O, self._b_D = a_O[block.row :], b_D[block.column : block.column + features]
 
     def rows(self, start: int, count: int) -> Tensor:
         """Noise of ``count`` rows from ``start``, int32 in [0, 2^16)."""
