@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,3 +53,39 @@ def install_folder(target: Path, build: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when everything in a folder is on the disk: its files, and their names."""
+    for parent, _, names in os.walk(folder):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            _sync(path)
+
+
+def replace_folder(work: Path, target: Path) -> None:
+    """Put a finished folder on the disk and in the place of another, if there is one.
+
+    Both lie in one file system. Whoever looks finds the whole old folder or the whole new one, and
+    for a moment none; the old one is then in the folder that `work` was in.
+    """
+    sync_folder(work)
+    former = work.with_name(f"former-{target.name}")
+    if target.exists():
+        os.replace(target, former)
+    try:
+        os.replace(work, target)
+    except BaseException:
+        if former.exists():
+            os.replace(former, target)
+        raise
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and sys.platform == "win32":  # folders can't be opened there
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,9 @@ app = typer.Typer(
     help="Train transformers with compressed activations and factored gradients (VeLoRA).",
 )
 
-INTERRUPTED = 130
+SIGNALLED = 128
+"""Added to a signal's number: how shells and schedulers know what has ended a command."""
+INTERRUPTED = SIGNALLED + signal.SIGINT
 NOTHING_FITS = 1
 FAILED = 1
 
@@ -86,8 +89,8 @@ def train(
     if results.compare:
         console.print(comparison_table(results))
     console.print(f"Results: {loaded.train.output}/report.html", markup=False)
-    if results.run.status == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+    if results.run.signal is not None:
+        raise typer.Exit(SIGNALLED + results.run.signal)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from tests.training import tiny
 from velora_torch import checkpoint
 from velora_torch.report.results import read_results
 from velora_torch.training.exporting import export_run
-from velora_torch.training.folder import FolderError, RunFolder
+from velora_torch.training.folder import FolderError
 from velora_torch.training.recipe import load_recipe
 from velora_torch.training.run import Options, run
 
@@ -149,19 +149,11 @@ def test_a_full_disk_while_saving_leaves_the_former_checkpoint(recipe, tmp_path,
     lines = []
     results = go(recipe(), lines.append, resume=True)
     assert results.run.status == "finished"
-    assert results.history[0].step == 3  # went on from checkpoint-2
+    assert f"going on from {tmp_path / 'run/checkpoint-2'}" in lines
+    assert [point.step for point in results.history] == [1, 2, 3, 4, 5, 6]
     go(recipe("whole"))
     whole, resumed = final_weights(tmp_path / "whole"), final_weights(tmp_path / "run")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
-def test_a_damaged_state_is_found_before_training_goes_on(recipe, tmp_path):
-    go(recipe(), interrupt_at(3))
-    newest = RunFolder(tmp_path / "run").newest_checkpoint(compressed=True)
-    (state,) = newest.glob(checkpoint.TENSOR_FILE)
-    state.write_bytes(state.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        go(recipe(), resume=True)
 
 
 def test_a_folder_with_a_run_is_not_touched_unless_asked(recipe, tmp_path):
@@ -170,7 +162,7 @@ def test_a_folder_with_a_run_is_not_touched_unless_asked(recipe, tmp_path):
         go(recipe())
     go(recipe(train={"steps": 1, "save_every": None}), overwrite=True)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    with pytest.raises(FolderError, match="no complete checkpoint to resume"):
+    with pytest.raises(FolderError, match="no complete checkpoint"):
         go(recipe(), resume=True)
     other = tmp_path / "other"
     other.mkdir()
@@ -318,9 +310,9 @@ def test_ctrl_c_saves_and_exits_with_130(recipe, tmp_path, model, rows):
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGINT)
             break
-    output, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "saving after this step" in output
+    assert "interrupted: saving" in errors
     assert "Traceback" not in errors
     state = json.loads((tmp_path / "run/results.json").read_text())
     assert state["run"]["status"] == "interrupted"

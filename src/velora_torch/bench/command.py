@@ -26,8 +26,8 @@ from velora_torch.bench.request import (
     unknown,
 )
 from velora_torch.bench.runner import FAILURES, RunCell, Runner, read_rows
-from velora_torch.bench.store import alone
 from velora_torch.bench.table import markdown, summarise
+from velora_torch.lock import alone
 
 Say = Callable[[str], None]
 TABLE, PLOT = "table.md", "accuracy_memory"
@@ -68,7 +68,10 @@ def bench(
         return _write_table(chosen.bench, request.scale, grid, output, say)
     if run_cell is None:
         check_grid(chosen.bench.scales[request.scale], grid)
-    with alone(output), tempfile.TemporaryDirectory(dir=output, prefix=".scratch-") as scratch:
+    with (
+        alone(output, "velora bench", "--output"),
+        tempfile.TemporaryDirectory(dir=output, prefix=".scratch-") as scratch,
+    ):
         if run_cell is None:
             run_cell = partial(
                 cell_room.run_cell, command=request.command, scratch=Path(scratch).resolve()

@@ -1,44 +1,15 @@
-"""Files of one JSON object per line that grow: a line is there as a whole, or not at all.
-
-One process at a time writes into a folder of them.
-"""
+"""Files of one JSON object per line that grow: a line is there as a whole, or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 RecordT = TypeVar("RecordT")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into a folder; the lock goes with the process.
-
-    Raises:
-        ValueError: another one does already.
-    """
-    if sys.platform == "win32":  # no such locks there
-        yield
-        return
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another `velora bench` is writing into {folder}; wait for it, or choose another "
-                f"folder with --output"
-            ) from None
-        yield
 
 
 def append_line(path: Path, document: Mapping[str, Any]) -> None:

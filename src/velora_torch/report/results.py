@@ -51,6 +51,8 @@ class RunInfo:
     """The recipe with every default filled in, as nested JSON values."""
     versions: dict[str, str] = field(default_factory=dict)
     machine: MachineInfo = field(default_factory=MachineInfo)
+    signal: int | None = None
+    """The signal that interrupted it, such as 15; None: none did."""
 
 
 @dataclass

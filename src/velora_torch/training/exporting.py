@@ -11,8 +11,10 @@ from velora_torch.export import export_lora
 from velora_torch.training.assemble import prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import FolderError, RunFolder
+from velora_torch.training.manifest import MANIFEST
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.schema import PEFT_METHODS
+from velora_torch.training.whole_checkpoints import SAFETY_FILE
 
 RESUMING = (
     JSON_FILE,
@@ -23,6 +25,8 @@ RESUMING = (
     "rng_state.pth",
     "trainer_state.json",
     "training_args.bin",
+    MANIFEST,
+    SAFETY_FILE,
 )
 """What a checkpoint has for resuming, and a plain model does not."""
 
@@ -46,7 +50,7 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
     recipe = folder.load_recipe()
     if to.exists():
         raise FolderError(f"{to} exists; choose a new folder")
-    source = folder.newest_model(compressed=recipe.velora is not None)
+    source = folder.newest_model()
     merged = recipe.task == "pretrain" and source == folder.final  # whose base nobody has
     adapter = recipe.method in PEFT_METHODS or recipe.method == "coefficients"
     if merged and adapter and lora:

@@ -8,15 +8,16 @@ results.json  report.html  runs/ (TensorBoard)
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from velora_torch import lock
 from velora_torch.atomic import write_whole
-from velora_torch.checkpoint import JSON_FILE
+from velora_torch.training.manifest import damage
 from velora_torch.training.recipe import Recipe, load_recipe, recipe_to_yaml
+from velora_torch.training.staging import checkpoints, clear, discard
 
 
 class FolderError(ValueError):
@@ -33,7 +34,35 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
 
-    def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out, and remove what a killed one was in the middle of writing.
+
+        Raises:
+            FolderError: another run is in there, or nothing can be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FolderError(f"{self.path} is a file; choose a folder with train.output=...")
+        if int(os.environ.get("RANK", "0")):  # one process of a run has the lock for all
+            yield
+            return
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock.alone(self.path, "velora train", "train.output=..."))
+            except OSError as error:
+                raise FolderError(
+                    f"{self.path} can't be written ({error.strerror}); choose another folder with "
+                    f"train.output=..."
+                ) from None
+            clear(self.path)
+            for path in (self.recipe, self.results, self.report):
+                for rest in self.path.glob(f".{path.name}.*.tmp"):
+                    rest.unlink()
+            yield
+
+    def check(
+        self, resume: bool, overwrite: bool, say: Callable[[str], None] = lambda line: None
+    ) -> Path | None:
         """See that the folder can be used as asked; changes nothing.
 
         Returns:
@@ -43,20 +72,16 @@ class RunFolder:
             FolderError: the folder holds a run already, or has nothing to resume.
         """
         if resume:
-            found = self.newest_checkpoint(compressed=recipe.velora is not None)
-            if found is None:
-                raise FolderError(
-                    f"{self.path} has no complete checkpoint to resume from; "
-                    f"start the run without --resume"
-                )
+            found = self.newest_checkpoint(say)
+            say(f"going on from {found}")
             return found
-        if self.recipe.exists() or list(self.checkpoints()):
+        if self.recipe.exists() or checkpoints(self.path):
             if not overwrite:
                 raise FolderError(
                     f"{self.path} holds a run already; go on with --resume, replace it with "
                     f"--overwrite, or choose another folder with train.output=..."
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.is_dir() and any(path.name != lock.NAME for path in self.path.iterdir()):
             raise FolderError(
                 f"{self.path} is not empty and not a run; choose another folder with "
                 f"train.output=..."
@@ -65,9 +90,9 @@ class RunFolder:
 
     def begin(self, recipe: Recipe) -> None:
         """Start a new run: remove what an earlier one left, and write the recipe."""
-        for path in (self.final, self.path / "runs", *self.checkpoints()):
+        for path in (*checkpoints(self.path), self.final, self.path / "runs"):
             if path.exists():
-                shutil.rmtree(path)
+                discard(path)
         for path in (self.results, self.report):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -79,35 +104,35 @@ class RunFolder:
             raise FolderError(f"{self.path} is not the folder of a run: it has no recipe.yaml")
         return load_recipe(self.recipe)
 
-    def checkpoints(self) -> Iterator[Path]:
-        """All checkpoints, the newest first."""
-        found = self.path.glob("checkpoint-*") if self.path.is_dir() else ()
-        numbered = [p for p in found if re.fullmatch(r"checkpoint-\d+", p.name)]
-        yield from sorted(numbered, key=lambda p: int(p.name.partition("-")[2]), reverse=True)
+    def newest_checkpoint(self, say: Callable[[str], None] = lambda line: None) -> Path:
+        """The newest checkpoint that is whole: every byte is what was written.
 
-    def newest_checkpoint(self, compressed: bool) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        return next((p for p in self.checkpoints() if _is_complete(p, compressed)), None)
+        Args:
+            say: shown what is wrong with those that are newer.
 
-    def newest_model(self, compressed: bool) -> Path:
+        Raises:
+            FolderError: there is none.
+        """
+        wrong: list[str] = []
+        for path in checkpoints(self.path):
+            found = damage(path)
+            if found is None:
+                for line in wrong:
+                    say(f"{line}; using {path.name}, which is whole")
+                return path
+            wrong.append(f"{path.name} can't be used: {found}")
+        first = f"{self.path} has no complete checkpoint to go on from; start without --resume"
+        raise FolderError("\n".join((first, *wrong)))
+
+    def newest_model(self) -> Path:
         """The finished model, or the newest checkpoint of an interrupted run."""
         if _has_model(self.final):
             return self.final
-        found = self.newest_checkpoint(compressed)
-        if found is None:
-            raise FolderError(f"{self.path} has neither a finished model nor a whole checkpoint")
-        return found
+        if not checkpoints(self.path):
+            raise FolderError(f"{self.path} has neither a finished model nor a checkpoint")
+        return self.newest_checkpoint()
 
 
 def _has_model(folder: Path) -> bool:
     names = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     return any((folder / name).is_file() for name in names)
-
-
-def _is_complete(folder: Path, compressed: bool) -> bool:
-    """Whether the trainer came to the end of writing it: the trainer's state is written last."""
-    try:
-        json.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return _has_model(folder) and (not compressed or (folder / JSON_FILE).is_file())

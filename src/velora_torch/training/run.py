@@ -16,7 +16,6 @@ from velora_torch.model import compressed_layers
 from velora_torch.overview import summary
 from velora_torch.report.environment import machine_info, version_info
 from velora_torch.report.results import (
-    ComparisonRow,
     ModelInfo,
     Quality,
     Results,
@@ -56,16 +55,22 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
 
     Returns:
         What was measured; also written to the run's folder. Its status is "interrupted" where
-        Ctrl-C stopped it, and the last checkpoint can be resumed.
+        Ctrl-C or SIGTERM stopped it, and the last checkpoint can be resumed.
     """
+    folder = RunFolder(recipe.train.output)
+    with folder.alone():
+        return _run(recipe, options, say, folder)
+
+
+def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Results:
     start = time.perf_counter()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    folder = RunFolder(recipe.train.output)
     if options.resume and recipe.memory_budget is not None and folder.recipe.is_file():
         recipe = budget.as_started(recipe, folder.load_recipe())
-    checkpoint = folder.check(recipe, options.resume, options.overwrite)
+    checkpoint = folder.check(options.resume, options.overwrite, say)
 
     from velora_torch.training import models
+    from velora_torch.training.trainer import Record
 
     models.quiet()
     if half_products.are_float32():
@@ -89,46 +94,49 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
 
     if checkpoint is None:
         folder.begin(recipe)
-    trained = _train(recipe, model, tokenizer, data, folder, checkpoint, say)
-    record = trained.record
-    after = None
-    compare: list[ComparisonRow] = []
-    notes: list[str] = []
-    if not record.interrupted:
-        trained.trainer.optimizer = trained.trainer.lr_scheduler = None
-        gc.collect()
-        if recipe.train.save_final:
-            save_final(recipe, trained.trainer, folder.final)
-        if recipe.evaluate.after:
-            after = _evaluate(recipe, model, tokenizer, data, say, "after training")
-        if recipe.compare is not None and data.collator is not None:
-            from velora_torch.training.compare import compare_steps
-
-            maker = partial(make_optimizer, recipe, tokenizer=tokenizer, data=data)
-            compare = compare_steps(recipe, model, data, maker, say)
-    else:
-        notes.append("interrupted by the user; resume with --resume")
+    record = Record()
     results = Results(
         run=RunInfo(
             name=Path(recipe.train.output).name,
-            status="interrupted" if record.interrupted else "finished",
+            status="interrupted",
             command=options.command,
             started=started,
-            seconds=time.perf_counter() - start,
             recipe=recipe.model_dump(mode="json"),
             versions=version_info(),
             machine=machine_info(next(model.parameters()).device),
         ),
         model=info,
-        history=[*(former.history if former else []), *record.history],
-        evaluations=[*(former.evaluations if former else []), *record.evaluations],
         before=before,
-        after=after,
         memory=record.memory,
-        compare=compare,
-        notes=notes,
         prediction=prediction,
     )
+
+    def keep(trainer: Any) -> None:
+        """Bring the results up to now, so that a run that is killed has them."""
+        results.run.seconds = time.perf_counter() - start
+        results.history = [*(former.history if former else []), *record.history]
+        results.evaluations = [*(former.evaluations if former else []), *record.evaluations]
+        results.notes = trainer.safety_notes()
+        write_results(results, folder.results)
+
+    trainer = _train(recipe, model, tokenizer, data, folder, checkpoint, record, keep, say)
+    results.run.signal = record.signal
+    if record.signal is None:
+        trainer.optimizer = trainer.lr_scheduler = None
+        gc.collect()
+        if recipe.train.save_final:
+            save_final(recipe, trainer, folder.final)
+        if recipe.evaluate.after:
+            results.after = _evaluate(recipe, model, tokenizer, data, say, "after training")
+        if recipe.compare is not None and data.collator is not None:
+            from velora_torch.training.compare import compare_steps
+
+            maker = partial(make_optimizer, recipe, tokenizer=tokenizer, data=data)
+            results.compare = compare_steps(recipe, model, data, maker, say)
+        results.run.status = "finished"
+    keep(trainer)
+    if record.signal is not None:
+        results.notes.append("interrupted by the user; resume with --resume")
     _write(results, folder, options.report)
     return results
 
@@ -163,12 +171,6 @@ def describe_data(data: PreparedData) -> str:
     )
 
 
-@dataclass
-class _Trained:
-    trainer: Any
-    record: Any
-
-
 def _train(
     recipe: Recipe,
     model: Any,
@@ -176,15 +178,23 @@ def _train(
     data: PreparedData,
     folder: RunFolder,
     checkpoint: Path | None,
+    record: Any,
+    keep: Callable[[Any], None],
     say: Say,
-) -> _Trained:
-    from velora_torch.training.trainer import Record, build_trainer, interruptible
+) -> Any:
+    """The trainer, after its training."""
+    from velora_torch.training.interrupts import interruptible
+    from velora_torch.training.out_of_memory import OutOfMemoryError, explained, what_fits
+    from velora_torch.training.trainer import build_trainer
 
-    record = Record()
     trainer = build_trainer(recipe, model, tokenizer, data, folder.path, record, say)
-    with interruptible(record, say):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _Trained(trainer, record)
+    trainer.before_save = partial(keep, trainer)
+    try:
+        with interruptible(record), explained(trainer):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error}\n{what_fits(recipe, data)}") from None
+    return trainer
 
 
 def _evaluate(

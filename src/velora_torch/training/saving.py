@@ -15,10 +15,24 @@ from velora_torch.adapters import merge_adapters
 from velora_torch.export import export_lora
 from velora_torch.model import restore
 from velora_torch.training.schema import PEFT_METHODS, Recipe
+from velora_torch.training.staging import STAGING, explained, place
 
 
 def save_final(recipe: Recipe, trainer: Any, folder: Path) -> None:
-    """Write the trained model, which is not changed."""
+    """Write the trained model, which is not changed: whole, or not at all.
+
+    Raises:
+        SavingError: it can't be written; what was in `folder` stays.
+    """
+    output, work = folder.parent, folder.parent / STAGING / folder.name
+    with explained(output, "the trained model"):
+        _write(recipe, trainer, work)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            place(output, folder.name)
+
+
+def _write(recipe: Recipe, trainer: Any, folder: Path) -> None:
     if recipe.method == "coefficients":
         export_lora(trainer.model, folder)
         if trainer.processing_class is not None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,13 +24,16 @@ from velora_torch.model import coefficients
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
 from velora_torch.training.data import PreparedData
+from velora_torch.training.interrupts import StopWhenAsked
 from velora_torch.training.methods import head_of
 from velora_torch.training.models import parameters_in
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
+from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
+from velora_torch.training.whole_checkpoints import WholeCheckpoints
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Record:
     evaluations: list[Evaluation] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
     tokens: torch.Tensor | int = 0
-    interrupted: bool = False
+    signal: int | None = None
+    """The signal that interrupted it."""
 
 
 class RecordingMixin(VeloraTrainerMixin):
@@ -124,7 +126,7 @@ def _amount(inputs: dict[str, Any]) -> torch.Tensor | int:
     return inputs["input_ids"].numel() if mask is None else mask.sum()
 
 
-class RecordingTrainer(RecordingMixin, Trainer):
+class RecordingTrainer(SafeSteps, WholeCheckpoints, RecordingMixin, Trainer):
     """The trainer of tokenised data."""
 
 
@@ -142,14 +144,11 @@ class RecordCallback(TrainerCallback):
         self._first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Count the optimizer's bytes once; stop where an interrupt has asked for it."""
+        """Count the optimizer's bytes once."""
         optimizer = rest.get("optimizer")
         if self._record.memory.optimizer_state is None and optimizer is not None:
             plain = getattr(optimizer, "optimizer", optimizer)
             self._record.memory.optimizer_state = optimizer_state_bytes(plain)
-        if self._record.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """AdaLoRA moves ranks between layers after every step, while the gradients are there."""
@@ -202,23 +201,6 @@ def peak_bytes() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def interruptible(record: Record, say: Callable[[str], None]) -> Iterator[None]:
-    """Let the first Ctrl-C finish the step and save; the second one stops at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if record.interrupted:
-            raise KeyboardInterrupt
-        record.interrupted = True
-        say("interrupted: saving after this step (Ctrl-C again stops at once)")
-
-    former = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
 
 
 def arguments(recipe: Recipe, output: Path, has_eval: bool) -> dict[str, Any]:
@@ -316,6 +298,8 @@ def build_trainer(
 
     trainer.remove_callback(PrinterCallback)
     trainer.record = record
+    trainer.say, trainer.policy = say, recipe.train
+    trainer.add_callback(StopWhenAsked(trainer))
     trainer.longest_first = recipe.train.longest_first
     if recipe.train.optimizer in OWN_OPTIMIZERS:
         trainer.own_optimizer = recipe.train

@@ -23,8 +23,9 @@ from velora_torch.bench.speed.rows import SpeedRow, finished, read_rows
 from velora_torch.bench.speed.session import Outcome, run_case
 from velora_torch.bench.speed.table import found_rows, markdown
 from velora_torch.bench.speed.variants import VARIANTS, Timed, variants_of
-from velora_torch.bench.store import alone, append_line
+from velora_torch.bench.store import append_line
 from velora_torch.half_products import slow_types
+from velora_torch.lock import alone
 from velora_torch.report.quantities import format_ratio
 
 Say = Callable[[str], None]
@@ -80,7 +81,7 @@ def speed(
     if run is None:
         run = partial(run_case, command=request.command)
     failed: list[str] = []
-    with alone(request.folder):
+    with alone(request.folder, "velora bench", "--output"):
         try:
             for number, task in enumerate(tasks, 1):
                 say(f"case {number}/{len(tasks)}: {task.case.name}: {task.case.about}")

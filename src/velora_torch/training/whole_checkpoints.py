@@ -1,0 +1,71 @@
+"""Checkpoints that are there as a whole or not at all, whenever the process ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from velora_torch.atomic import write_whole
+from velora_torch.training.manifest import write_manifest
+from velora_torch.training.staging import STAGING, clear, explained, place, rotate
+
+SAFETY_FILE = "velora_safety.json"
+"""What a run has learnt about itself: see `safe_steps.py`."""
+
+
+class WholeCheckpoints:
+    """Put before `Trainer` or a class of its kind.
+
+    A checkpoint is written into a folder of its own, described by a manifest, put on the disk, and
+    then moved to its place in one step. Older ones are removed after that.
+    """
+
+    args: Any
+    state: Any
+    accelerator: Any
+    before_save: Callable[[], None] | None = None
+    """Called before a checkpoint is written, by the process that writes."""
+    _staging: Path | None = None
+
+    def safety_state(self) -> dict[str, Any]:
+        """JSON values that a checkpoint keeps for `load_safety_state`."""
+        return {}
+
+    def load_safety_state(self, state: dict[str, Any]) -> None:
+        """Take what `safety_state` gave."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._staging is not None:
+            return str(self._staging)
+        found: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return found
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output, writes = Path(self.args.output_dir), self.args.should_save
+        name = f"checkpoint-{self.state.global_step}"
+        with explained(output, f"the checkpoint of step {self.state.global_step}"):
+            if writes:
+                clear(output)
+                if self.before_save is not None:
+                    self.before_save()
+            self.accelerator.wait_for_everyone()
+            self._staging = output / STAGING
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            if writes:
+                folder = output / STAGING / name
+                write_whole(folder / SAFETY_FILE, json.dumps(self.safety_state()))
+                write_manifest(folder)
+                place(output, name)
+                rotate(output, output / name, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        state = json.loads((Path(resume_from_checkpoint) / SAFETY_FILE).read_bytes())
+        self.load_safety_state(state)
