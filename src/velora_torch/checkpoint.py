@@ -23,12 +23,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from velora_torch import ranks
 from velora_torch.atomic import write_whole
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer
 from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.layers.state import TENSORS
 from velora_torch.model import compressed_layers
+from velora_torch.sharding import as_sharded, copy_whole_, whole
 
 JSON_FILE = "velora_state.json"
 TENSOR_FILE = "velora_state-*.safetensors"
@@ -38,14 +40,22 @@ SIZES = ("targets", "num_groups", "sub_token_size")
 """Configuration that is compared by what came of it: the layers, and their groups."""
 
 
-def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_state(model: nn.Module, folder: str | os.PathLike[str], write: bool | None = None) -> None:
     """Write the state of the compressed layers into ``folder``.
+
+    Where parameters are sharded, every rank must call it. It does not depend on their number: any
+    other number of ranks can load it.
 
     Belongs to the plain weights that ``model.state_dict()`` gives before the next optimizer step;
     both merge pending coefficients into the weights, in either order. Only ``fold_every=None``
     keeps them apart, and then the weights without them are saved here too.
 
     The state is written whole or not at all: an error (a full disk) leaves the former one.
+
+    Args:
+        model: a compressed model.
+        folder: where to write.
+        write: whether this process is the one that writes; by default the first of all is.
 
     Raises:
         ValueError: the model is not compressed.
@@ -66,6 +76,8 @@ def save_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, adapter in compressed_adapters(model).items():
         tensors |= {f"{name}.{key}": value for key, value in adapter.tensors().items()}
         described[name] = adapter.described()
+    if not (ranks.is_first() if write is None else write):
+        return
     data = save_tensors(tensors)
     checksum = _checksum(described, data)
     name = TENSOR_FILE.replace("*", checksum[:16])
@@ -123,7 +135,7 @@ def _tensors(layer: CompressedLayer) -> dict[str, Tensor]:
         # state_dict() gives the weight with the coefficients in it; rounding cannot be undone.
         if layer.foldable:
             found["base"] = layer.raw_weight
-    return {k: v.detach().contiguous() for k, v in found.items() if v is not None}
+    return {k: whole(v.detach()).contiguous() for k, v in found.items() if v is not None}
 
 
 def _checksum(described: dict[str, Any], data: bytes) -> str:
@@ -220,18 +232,21 @@ def _restore_layer(
     device, wide = layer.velora_vectors.device, layer.velora_vectors.dtype
     for key in TENSORS:
         value = tensors.get(f"{name}.{key}")
-        layer._buffers[f"velora_{key}"] = None if value is None else value.to(device, wide)
+        value = None if value is None else value.to(device, wide)
+        if key == "delta" and value is not None:
+            value = as_sharded(value, layer.coef)
+        layer._buffers[f"velora_{key}"] = value
     for key in layer.velora.counters():
         if key not in ("name", "groups", "size"):
             setattr(layer.velora, key, described[key])
     if f"{name}.base" in tensors:
-        layer.raw_weight.copy_(tensors[f"{name}.base"])
+        copy_whole_(layer.raw_weight, tensors[f"{name}.base"])
     coef = layer._parameters["coef"]
     if coef is not None:
         pending = tensors.get(f"{name}.coef")
         if pending is None:
             coef.zero_()
         else:
-            coef.copy_(pending.to(coef.device, coef.dtype))
+            copy_whole_(coef, pending)
     layer._unchecked = None
     layer.adopt_coef()

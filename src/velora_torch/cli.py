@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 try:
     import typer
@@ -54,6 +54,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, its files and names, and stop.")
     ] = False,
+    strategy: Annotated[
+        str, typer.Option(help="Under torchrun: ddp, a whole model in each process; or fsdp2.")
+    ] = "ddp",
 ) -> None:
     """Fine-tune a model as a recipe says; ends with a checkpoint, results.json and report.html."""
     from velora_torch.training.recipe import load_recipe, recipe_to_yaml
@@ -64,9 +67,11 @@ def train(
         return
     from velora_torch.training.data import check_sources
     from velora_torch.training.models import check_settings
+    from velora_torch.training.processes import Strategy, check_strategy, is_first
 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    check_strategy(strategy)
     check_settings(loaded)
     check_sources(loaded)
     if dry_run:
@@ -82,13 +87,16 @@ def train(
     from velora_torch.training.run import Options, run
 
     console = Console(highlight=False, soft_wrap=True)
-    options = Options(shlex.join(["velora", *sys.argv[1:]]), resume, overwrite)
+    options = Options(
+        shlex.join(["velora", *sys.argv[1:]]), resume, overwrite, strategy=cast(Strategy, strategy)
+    )
     results = run(loaded, options, lambda line: console.print(line, markup=False))
-    if results.before or results.after:
-        console.print(quality_table(results))
-    if results.compare:
-        console.print(comparison_table(results))
-    console.print(f"Results: {loaded.train.output}/report.html", markup=False)
+    if is_first():
+        if results.before or results.after:
+            console.print(quality_table(results))
+        if results.compare:
+            console.print(comparison_table(results))
+        console.print(f"Results: {loaded.train.output}/report.html", markup=False)
     if results.run.signal is not None:
         raise typer.Exit(SIGNALLED + results.run.signal)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,11 @@ from velora_torch.subtoken.vectors import SVD_SAMPLE
 def several() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of several."""
+    return not several() or dist.get_rank() == 0
 
 
 @dataclass
@@ -200,3 +205,13 @@ def differing(hashes: dict[str, str]) -> list[str]:
     dist.all_gather_object(everyone, hashes)
     names = dict.fromkeys(name for one in everyone for name in one)
     return [name for name in names if len({one.get(name) for one in everyone}) > 1]
+
+
+def union(names: Iterable[str]) -> list[str]:
+    """Names that any rank gives, in the order of the first that does; every rank must ask."""
+    own = list(names)
+    if not several():
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return list(dict.fromkeys(name for one in everyone for name in one))

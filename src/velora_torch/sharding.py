@@ -90,3 +90,25 @@ def rows_of(matrix: Tensor, block: Block, count: int) -> Tensor:
     if here.row == block.row and part.shape == (count, matrix.shape[1]):
         return part
     return whole(matrix)[block.row : block.row + count]
+
+
+def as_sharded(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """A whole tensor, of which this rank keeps the block that it has of another one."""
+    return like(_my_block(tensor, sharded).clone(), sharded) if is_sharded(sharded) else tensor
+
+
+def copy_whole_(target: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    local(target).copy_(_my_block(tensor, target))
+
+
+def _my_block(tensor: Tensor, sharded: Tensor) -> Tensor:
+    if not is_sharded(sharded):
+        return tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        sharded.shape, sharded.device_mesh, sharded.placements
+    )
+    ranges = (slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return tensor.to(local(sharded).device)[tuple(ranges)]

@@ -32,7 +32,9 @@ def on_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any)
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, count, function, str(folder), args))
+        _CONTEXT.Process(
+            target=_rank, args=(rank, count, function, str(folder), args, dict(os.environ))
+        )
         for rank in range(count)
     ]
     for process in processes:
@@ -49,8 +51,17 @@ def on_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any)
     return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(count)]
 
 
-def _rank(rank: int, count: int, function: Any, folder: str, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    count: int,
+    function: Any,
+    folder: str,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
+) -> None:
+    os.environ |= environment  # the server of processes has that of the first call
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.tiny_models import gpt2, llama, t5, token_batch
 from velora_torch import VeloraConfig, compress, restore
+from velora_torch.choosing import _before_forward
 from velora_torch.memory import saved_bytes
 from velora_torch.memory.fake import FakeWorld
 from velora_torch.memory.freed import TargetWarning
@@ -65,7 +66,7 @@ def hooks(model: nn.Module) -> int:
         len(held)
         for m in model.modules()
         for held in (m._forward_hooks, m._forward_pre_hooks, m._forward_hooks_always_called)
-    )
+    ) - sum(_before_forward in m._forward_pre_hooks.values() for m in model.modules())
 
 
 def run(model: nn.Module, x: Tensor | None = None) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from velora_torch.sharding import Block
 from velora_torch.subtoken import folding, reference
 from velora_torch.subtoken.folding import fold_
 
@@ -199,7 +200,10 @@ def test_full_precision_weights_are_not_rounded():
 def test_noise_is_uniform_and_pairwise_uncorrelated():
     seeds = 4000
     noise = torch.stack(
-        [folding._Noise(3, 4, seed, torch.device("cpu")).rows(0, 3) for seed in range(seeds)]
+        [
+            folding._Noise(Block(0, 0, 3, 4), 4, seed, torch.device("cpu")).rows(0, 3)
+            for seed in range(seeds)
+        ]
     )
     assert noise.min() >= 0
     assert noise.max() < 1 << 16

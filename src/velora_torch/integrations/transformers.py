@@ -50,8 +50,8 @@ class VeloraTrainerMixin:
         with bases_alone(), _own_names(self.model, _internal_call):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         compressed = compressed_layers(self.model) or compressed_adapters(self.model)
-        if self.args.should_save and compressed:
-            save_state(self.model, output_dir or self.args.output_dir)
+        if compressed:
+            save_state(self.model, output_dir or self.args.output_dir, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

@@ -21,7 +21,7 @@ from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
 from velora_torch.layers.state import TENSORS, LayerState
 from velora_torch.recomputation.deferred import plain
-from velora_torch.sharding import Block, block_of, is_sharded, like, local, rows_of
+from velora_torch.sharding import Block, as_sharded, block_of, is_sharded, like, local, rows_of
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import (
     ExposedWeight,
@@ -461,6 +461,8 @@ class CompressedLayer(PlainOutside):
                 state.delta_direction = state.direction
             elif state.delta_direction != state.direction:
                 state.lost = "optimizers of different kinds have trained it"
+            if is_sharded(coef) and not is_sharded(self.velora_delta):  # loaded before sharding
+                self.velora_delta = as_sharded(self.velora_delta, coef.detach())
             self.velora_delta.add_(coef.detach())
         coef.zero_()
         state.pending = False

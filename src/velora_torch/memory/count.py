@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from velora_torch.sharding import local
+
 NO_BACKWARD = -1
 """What torch calls the running backward pass while there is none."""
 
@@ -38,12 +40,13 @@ class _Storages:
         self._seen: dict[int, Tensor] = {}
 
     def add(self, tensor: Tensor) -> None:
+        tensor = local(tensor)  # of a sharded one what this rank holds
         address = tensor.untyped_storage().data_ptr()
         if address:
             self._seen.setdefault(address, tensor)
 
     def nbytes(self, exclude: Iterable[Tensor] = ()) -> int:
-        excluded = {t.untyped_storage().data_ptr() for t in exclude}
+        excluded = {local(t).untyped_storage().data_ptr() for t in exclude}
         return sum(t.untyped_storage().nbytes() for a, t in self._seen.items() if a not in excluded)
 
 

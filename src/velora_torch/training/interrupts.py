@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
+from velora_torch.training import processes
+
 NOTICES: dict[int, str] = {
     signal.SIGINT: "interrupted: saving (Ctrl-C again stops at once)\n",
     signal.SIGTERM: "asked to terminate: saving\n",
@@ -71,8 +73,8 @@ class StopWhenAsked(TrainerCallback):
         control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """After a step."""
-        if self._trainer.record.signal is not None:
+        """After a step; all processes stop after the same one."""
+        if processes.any_of(self._trainer.record.signal is not None):
             control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from velora_torch import ranks
+from velora_torch.sharding import local
+
 
 class NonFiniteError(ValueError):
     """A loss or gradient is not finite, or weights are not; nothing of it was saved."""
@@ -22,12 +25,12 @@ def finite(tensors: Iterator[Tensor]) -> Tensor | None:
 
 
 def bad_weights(model: nn.Module) -> list[str]:
-    """Names of parameters that hold NaN or infinite numbers."""
-    return [
+    """Names of parameters that hold NaN or infinite numbers, on any rank."""
+    return ranks.union(
         name
         for name, p in model.named_parameters()
-        if p.is_floating_point() and not bool(torch.isfinite(p.detach()).all())
-    ]
+        if p.is_floating_point() and not bool(torch.isfinite(local(p.detach())).all())
+    )
 
 
 def first_nonfinite(model: nn.Module, again: Callable[[], object]) -> str:

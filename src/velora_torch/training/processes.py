@@ -5,7 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
+
+from velora_torch.blocks import repeated_blocks
+from velora_torch.config import check_choice
+
+Strategy = Literal["ddp", "fsdp2"]
+"""How several processes share a model: whole in each, or every process a shard of it."""
 
 _control: Any = None
 """A group of the CPU's backend, for flags: asking it waits for no accelerator."""
@@ -19,7 +25,9 @@ def count() -> int:
     """
     asked = os.environ.get("WORLD_SIZE", "1")
     if not asked.isdigit() or int(asked) < 1:
-        raise ValueError(f"the environment variable WORLD_SIZE is {asked!r}, no number of processes")
+        raise ValueError(
+            f"the environment variable WORLD_SIZE is {asked!r}, no number of processes"
+        )
     return int(asked)
 
 
@@ -77,3 +85,69 @@ def any_of(flag: bool) -> bool:
     told = torch.tensor(int(flag))
     dist.all_reduce(told, dist.ReduceOp.MAX, _control)
     return bool(told)
+
+
+@contextlib.contextmanager
+def not_taken(model: Any) -> Iterator[None]:
+    """Let a trainer evaluate a model that another one is to train.
+
+    accelerate marks what it has prepared, if only for an evaluation, and leaves it as it is later:
+    the processes would train each on its own.
+    """
+    mark = "_is_accelerate_prepared"
+    former = model.__dict__.get(mark)
+    try:
+        yield
+    finally:
+        model.__dict__.pop(mark, None)
+        if former is not None:
+            model.__dict__[mark] = former
+
+
+def check_strategy(strategy: str) -> None:
+    """See that there are processes to share among, and a way that is known.
+
+    Raises:
+        ValueError: says what to write instead.
+    """
+    check_choice("strategy", strategy, get_args(Strategy))
+    if strategy == "fsdp2" and count() == 1:
+        raise ValueError(
+            "--strategy fsdp2 shards the model over several processes, and this is the only one: "
+            "start it with torchrun --nproc-per-node N -m velora_torch train ..."
+        )
+
+
+def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
+    """Arguments for `TrainingArguments` that shard a model by its repeated blocks, if asked for."""
+    if strategy == "ddp":
+        return {}
+    kinds = {type(block).__name__ for _, blocks in repeated_blocks(model) for block in blocks}
+    policy = {"auto_wrap_policy": "NO_WRAP"}
+    if kinds:
+        policy = {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": sorted(kinds),  # type: ignore[dict-item]
+        }
+    return {"fsdp": True, "fsdp_config": {"version": 2, **policy}}
+
+
+def shard_on_cpus(accelerator: Any, plugin: dict[str, Any]) -> bool:
+    """Let accelerate shard on CPUs, which it does on every accelerator but not there.
+
+    Args:
+        accelerator: of the trainer.
+        plugin: arguments of accelerate's `FullyShardedDataParallelPlugin`.
+
+    Returns:
+        Whether that was needed.
+    """
+    from accelerate import DistributedType, PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    if accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP
+    return True

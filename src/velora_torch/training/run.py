@@ -23,7 +23,7 @@ from velora_torch.report.results import (
     read_results,
     write_results,
 )
-from velora_torch.training import budget
+from velora_torch.training import budget, processes
 from velora_torch.training.assemble import make_optimizer, place, prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
@@ -42,6 +42,8 @@ class Options:
     overwrite: bool = False
     report: bool = True
     """Write report.html."""
+    strategy: processes.Strategy = "ddp"
+    """How several processes share the model: whole in each, or sharded."""
 
 
 @half_products.float32_products()
@@ -58,8 +60,13 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
         Ctrl-C or SIGTERM stopped it, and the last checkpoint can be resumed.
     """
     folder = RunFolder(recipe.train.output)
-    with folder.alone():
-        return _run(recipe, options, say, folder)
+    with processes.joined(), folder.alone():
+        processes.wait()  # until the first one has the folder
+        return _run(recipe, options, say if processes.is_first() else _silent, folder)
+
+
+def _silent(line: str) -> None:
+    """Say nothing: the first process speaks for all."""
 
 
 def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Results:
@@ -73,16 +80,18 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     from velora_torch.training.trainer import Record
 
     models.quiet()
-    if half_products.are_float32():
+    if half_products.are_float32() and (recipe.dtype != "float32" or recipe.train.autocast):
         say("this CPU has no bfloat16 instructions: products are computed in float32 and rounded")
     say("preparing the data")
-    tokenizer, data = prepare_data(recipe, say)
+    with processes.first_alone():
+        tokenizer, data = prepare_data(recipe, say)
     say(describe_data(data))
     prediction = None
     if recipe.memory_budget is not None:
         recipe, prediction = budget.fit(recipe, data, say)
     say(f"loading {recipe.model}")
-    model = place(models.load_model(recipe, say, data))
+    with processes.first_alone():
+        model = place(models.load_model(recipe, say, data))
     former = _former_results(folder, checkpoint)
     before = None if former is None else former.before
     prediction = prediction or (None if former is None else former.prediction)
@@ -92,8 +101,9 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     info = _describe_model(recipe, model)
     say(str(summary(model)) if recipe.velora else "training without compression")
 
-    if checkpoint is None:
+    if checkpoint is None and processes.is_first():
         folder.begin(recipe)
+    processes.wait()
     record = Record()
     results = Results(
         run=RunInfo(
@@ -117,9 +127,10 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
         results.history = [*(former.history if former else []), *record.history]
         results.evaluations = [*(former.evaluations if former else []), *record.evaluations]
         results.notes = trainer.safety_notes()
-        write_results(results, folder.results)
+        if processes.is_first():
+            write_results(results, folder.results)
 
-    trainer = _train(recipe, model, tokenizer, data, folder, checkpoint, record, keep, say)
+    trainer = _train(recipe, model, tokenizer, data, folder, checkpoint, record, keep, options, say)
     results.run.signal = record.signal
     if record.signal is None:
         trainer.optimizer = trainer.lr_scheduler = None
@@ -128,7 +139,10 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
             save_final(recipe, trainer, folder.final)
         if recipe.evaluate.after:
             results.after = _evaluate(recipe, model, tokenizer, data, say, "after training")
-        if recipe.compare is not None and data.collator is not None:
+        alone = processes.count() == 1
+        if recipe.compare is not None and not alone:
+            say("compare is left out: plain and VeLoRA steps are compared by one process alone")
+        elif recipe.compare is not None and data.collator is not None:
             from velora_torch.training.compare import compare_steps
 
             maker = partial(make_optimizer, recipe, tokenizer=tokenizer, data=data)
@@ -137,7 +151,8 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     keep(trainer)
     if record.signal is not None:
         results.notes.append("interrupted by the user; resume with --resume")
-    _write(results, folder, options.report)
+    if processes.is_first():
+        _write(results, folder, options.report)
     return results
 
 
@@ -180,6 +195,7 @@ def _train(
     checkpoint: Path | None,
     record: Any,
     keep: Callable[[Any], None],
+    options: Options,
     say: Say,
 ) -> Any:
     """The trainer, after its training."""
@@ -187,7 +203,9 @@ def _train(
     from velora_torch.training.out_of_memory import OutOfMemoryError, explained, what_fits
     from velora_torch.training.trainer import build_trainer
 
-    trainer = build_trainer(recipe, model, tokenizer, data, folder.path, record, say)
+    trainer = build_trainer(
+        recipe, model, tokenizer, data, folder.path, record, say, options.strategy
+    )
     trainer.before_save = partial(keep, trainer)
     try:
         with interruptible(record), explained(trainer):
@@ -254,7 +272,8 @@ def _score(
     trainer = build_trainer(
         plain, model, tokenizer, data, Path(recipe.train.output), Record(), lambda line: None
     )
-    metrics = trainer.evaluate(held_out if data.format != "chat" else None)
+    with processes.not_taken(model):
+        metrics = trainer.evaluate(held_out if data.format != "chat" else None)
     loss = metrics["eval_loss"]
     if recipe.task == "pretrain":
         from velora_torch.training.perplexity import perplexity_of

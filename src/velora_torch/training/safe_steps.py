@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from velora_torch.sharding import whole
+from velora_torch.training import processes
 from velora_torch.training.nonfinite import NonFiniteError, bad_weights, first_nonfinite
 from velora_torch.training.out_of_memory import (
     OutOfMemoryError,
@@ -173,6 +175,7 @@ class SafeSteps:
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The trainer's own; called when all gradients of a step are there."""
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        norm = whole(norm) if isinstance(norm, Tensor) else norm
         step, self._open = self._open, None
         if step is not None and self.policy is not None and self._is_bad(step, norm):
             self._stop_or_skip(model, step, norm)
@@ -183,10 +186,7 @@ class SafeSteps:
         seen = torch.stack(step.losses).sum()
         if self.accelerator.scaler is None:  # a scaler leaves out steps that overflow, by itself
             seen = seen + torch.as_tensor(norm, device=seen.device)
-        bad = (~torch.isfinite(seen)).float()
-        if self.accelerator.num_processes > 1:
-            bad = self.accelerator.reduce(bad, "sum")
-        return bool(bad)
+        return processes.any_of(not bool(torch.isfinite(seen)))
 
     def _stop_or_skip(self, model: Any, step: _OpenStep, norm: Any) -> None:
         assert self.policy is not None

@@ -5,13 +5,13 @@ The sections are in `sections.py`; files and overrides are read in `recipe.py`.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from velora_torch.memory.planner.budget import parse_budget
+from velora_torch.training import processes
 from velora_torch.training.sections import (
     CompareSection,
     DataSection,
@@ -261,8 +261,8 @@ class Recipe(Section):
 
     def _step_tokens(self) -> int:
         """Tokens of an optimizer step of task: pretrain, over all processes."""
-        train, processes = self.train, int(os.environ.get("WORLD_SIZE", "1"))
-        return train.batch_size * train.accumulation * self.data.max_length * processes
+        train = self.train
+        return train.batch_size * train.accumulation * self.data.max_length * processes.count()
 
     def steps(self) -> int | None:
         """Optimizer steps that the recipe asks for; None where it counts epochs."""

@@ -6,10 +6,8 @@ from typing import Any
 
 from velora_torch.training.data import PreparedData
 from velora_torch.training.models import ModelError
-from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
-from velora_torch.training.trainer import RecordingMixin
-from velora_torch.training.whole_checkpoints import WholeCheckpoints
+from velora_torch.training.trainer import RecordingTrainerMixin
 
 
 def build_chat_trainer(
@@ -25,7 +23,7 @@ def build_chat_trainer(
     except ImportError:
         raise ModelError("data.format: chat needs TRL: pip install 'velora-torch[chat]'") from None
 
-    class RecordingChatTrainer(SafeSteps, WholeCheckpoints, RecordingMixin, SFTTrainer):
+    class RecordingChatTrainer(RecordingTrainerMixin, SFTTrainer):
         """The trainer of conversations."""
 
     config = SFTConfig(

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from velora_torch.integrations.sharded_trainer import WholeTensors
 from velora_torch.integrations.transformers import VeloraTrainerMixin
 from velora_torch.memory.count import (
     optimizer_state_bytes,
@@ -30,6 +31,7 @@ from velora_torch.training.models import parameters_in
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
+from velora_torch.training.processes import Strategy, shard_on_cpus, sharding
 from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
@@ -63,6 +65,12 @@ class RecordingMixin(VeloraTrainerMixin):
     """Learning rate of the compressed layers' coefficients, where it differs."""
     layer_rates: Mapping[str, float] = MappingProxyType({})
     """Learning rates of layers, by a regular expression over their full names."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The trainer's own; also shards where accelerate would not, on CPUs."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.args.fsdp and shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args):  # type: ignore[attr-defined]
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with parameter groups for what has a rate of its own."""
@@ -126,7 +134,11 @@ def _amount(inputs: dict[str, Any]) -> torch.Tensor | int:
     return inputs["input_ids"].numel() if mask is None else mask.sum()
 
 
-class RecordingTrainer(SafeSteps, WholeCheckpoints, RecordingMixin, Trainer):
+class RecordingTrainerMixin(SafeSteps, WholeCheckpoints, WholeTensors, RecordingMixin):
+    """What a run's trainer is besides `Trainer` or a class of its kind."""
+
+
+class RecordingTrainer(RecordingTrainerMixin, Trainer):
     """The trainer of tokenised data."""
 
 
@@ -274,9 +286,10 @@ def build_trainer(
     output: Path,
     record: Record,
     say: Callable[[str], None],
+    strategy: Strategy = "ddp",
 ) -> Any:
     """The trainer that fits the data: Hugging Face's, or TRL's for conversations."""
-    settings = arguments(recipe, output, data.eval is not None)
+    settings = arguments(recipe, output, data.eval is not None) | sharding(strategy, model)
     shared = {
         "model": model,
         "train_dataset": data.train,

@@ -1,0 +1,141 @@
+"""`velora train` in several processes, without a change of the recipe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file
+
+from tests.closeness import assert_close
+from tests.distributed.launch import on_ranks
+from tests.training import tiny
+from tests.training.pretraining import texts
+from velora_torch.layers.base import LIVE
+from velora_torch.sharding import is_sharded
+from velora_torch.training.processes import check_strategy
+from velora_torch.training.recipe import load_recipe
+from velora_torch.training.run import Options, run
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+
+def go(path, strategy, overrides, **options):
+    """Train; the losses, what was said, and whether coefficients were sharded."""
+    said = []
+    options = Options(report=False, strategy=strategy, **options)
+    results = run(load_recipe(path, overrides), options, said.append)
+    sharded = any(is_sharded(layer._parameters["coef"]) for layer in LIVE)
+    return [point.loss for point in results.history], said, sharded
+
+
+def final(folder):
+    return load_file(f"{folder}/final/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    former = os.environ.get("VELORA_CACHE")
+    os.environ["VELORA_CACHE"] = str(folder / "cache")
+    corpus = texts.save_jsonl(folder / "corpus.jsonl", texts.documents())
+    written = texts.recipe_dict(
+        texts.save_config(folder / "small.json"),
+        corpus,
+        folder / "run",
+        velora={"sub_token_size": 4, "refresh_every": 3},
+    )
+    tiny.save_recipe(folder / "recipe.yaml", written)
+    yield folder
+    del os.environ["VELORA_CACHE"]
+    if former is not None:
+        os.environ["VELORA_CACHE"] = former
+
+
+def overrides(place, name, **more):
+    settings = {"steps": 8, "save_every": 3, "keep": 9, "batch_size": 4, **more}
+    given = [f"train.{key}={value}" for key, value in settings.items()]
+    return [*given, "train.tokens=null", "evaluate.max_examples=8", f"train.output={place / name}"]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """One process with all examples of a step."""
+    losses, _, sharded = go(place / "recipe.yaml", "ddp", overrides(place, "alone", batch_size=8))
+    assert not sharded
+    return losses, final(place / "alone")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(place, alone, strategy, tmp_path):
+    losses, weights = alone
+    given = overrides(place, strategy)
+    first, second = on_ranks(2, go, tmp_path, place / "recipe.yaml", strategy, given)
+    assert first[2] == (strategy == "fsdp2")
+    assert first[1], "the first process speaks"
+    assert not second[1], "and no other"
+    assert first[0] == pytest.approx(losses, rel=1e-5)
+    found = final(place / strategy)
+    assert found.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert_close(found[name], tensor, 1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_another_number_of_processes_goes_on(place, alone, strategy, tmp_path):
+    """From a checkpoint of two processes with one; and the other way round."""
+    if not (place / strategy).exists():
+        given = overrides(place, strategy)
+        on_ranks(2, go, tmp_path / "first", place / "recipe.yaml", strategy, given)
+    checkpoints = {p.name: p for p in (place / strategy).glob("checkpoint-*")}
+    for name in checkpoints.keys() - {"checkpoint-3"}:
+        (checkpoints[name]).rename(place / f"{strategy}-{name}")
+    given = overrides(place, strategy, batch_size=8)
+    losses, said, _ = go(place / "recipe.yaml", "ddp", given, resume=True)
+    assert any("going on from" in line for line in said)
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    for name, tensor in alone[1].items():
+        assert_close(final(place / strategy)[name], tensor, 1e-4)
+
+
+def test_one_process_s_checkpoint_goes_on_sharded(place, alone, tmp_path):
+    for path in (place / "alone").glob("checkpoint-[68]"):
+        path.rename(place / f"alone-{path.name}")
+    given = overrides(place, "alone")
+    path = place / "recipe.yaml"
+    (losses, _, sharded), _ = on_ranks(2, _resume, tmp_path, path, given)
+    assert sharded
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    for name, tensor in alone[1].items():
+        assert_close(final(place / "alone")[name], tensor, 1e-4)
+
+
+def _resume(path, given):
+    return go(path, "fsdp2", given, resume=True)
+
+
+def test_the_command_under_torchrun(place):
+    """What a user types; one process speaks, and errors are messages."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "velora_torch", "train", str(place / "recipe.yaml")]
+    command += overrides(place, "command", steps=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("step 2/2") == 1
+    assert ran.stdout.count("Results:") == 1
+    assert (place / "command" / "final" / "model.safetensors").is_file()
+    assert torch.isfinite(next(iter(final(place / "command").values()))).all()
+
+
+def test_sharding_needs_processes(place):
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        check_strategy("fsdp2")
