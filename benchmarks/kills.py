@@ -154,7 +154,7 @@ class Killer:
             if (code := ended(process)) is not None:
                 return code
             time.sleep(0.0002)
-        time.sleep(self._draw.uniform(0, 0.1))
+        time.sleep(self._draw.uniform(0, 0.02))
         return None
 
     def _look(self, known: bool) -> None:
