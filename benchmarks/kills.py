@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each run")
+    parser.add_argument("--no-row", action="store_true", help="only print the row")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VELORA_CACHE"] = folder  # trained vocabularies
@@ -231,8 +232,9 @@ def main() -> None:
         "machine": vars(machine_info()),
         "versions": version_info(),
     }
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    if not given.no_row:
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
     print(json.dumps(row))
 
 

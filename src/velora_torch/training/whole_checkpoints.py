@@ -24,6 +24,7 @@ class WholeCheckpoints:
 
     args: Any
     state: Any
+    control: Any
     accelerator: Any
     before_save: Callable[[], None] | None = None
     """Called before a checkpoint is written, by the process that writes."""
@@ -64,6 +65,13 @@ class WholeCheckpoints:
                 place(output, name)
                 rotate(output, output / name, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that was killed after its last step has nothing to train when it is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
