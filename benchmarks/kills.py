@@ -8,7 +8,7 @@ bit by bit. A row goes into results/kills.jsonl.
 Each life of a run is `velora train` in a process of its own, forked from one that has imported
 everything: imports take most of a short life, and write nothing.
 
-    python benchmarks/kills.py                # 50 kills: about fifteen minutes on 2 cores
+    python benchmarks/kills.py                # 50 kills: about ten minutes on 2 cores
     python benchmarks/kills.py --kills 3      # what the tests do
 """
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
     parser.add_argument("--no-row", action="store_true", help="only print the row")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

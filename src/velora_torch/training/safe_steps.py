@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from velora_torch.training.nonfinite import NonFiniteError, bad_weights, first_nonfinite
 from velora_torch.training.out_of_memory import (
@@ -181,7 +182,8 @@ class SafeSteps:
         """One look at the device in a step, at two numbers."""
         seen = torch.stack(step.losses).sum()
         if self.accelerator.scaler is None:  # a scaler leaves out steps that overflow, by itself
-            seen = seen + torch.as_tensor(norm, device=seen.device)
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            seen = seen + torch.as_tensor(whole, device=seen.device)
         bad = (~torch.isfinite(seen)).float()
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad, "sum")
