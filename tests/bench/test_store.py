@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from velora_torch.bench.store import alone, append_line, read_lines
+from velora_torch.bench.store import append_line, read_lines
 
 
 @pytest.fixture
@@ -80,16 +80,3 @@ def test_a_whole_line_that_is_wrong_is_named(path, line, message):
     path.write_bytes(path.read_bytes() + line)
     with pytest.raises(ValueError, match=message):
         list(read_lines(path))
-
-
-def test_two_benches_do_not_write_into_one_folder(tmp_path):
-    with alone(tmp_path / "out"):
-        with (
-            pytest.raises(ValueError, match="another `velora bench` is writing into"),
-            alone(tmp_path / "out"),
-        ):
-            pass
-        with alone(tmp_path / "other"):
-            pass
-    with alone(tmp_path / "out"):
-        pass

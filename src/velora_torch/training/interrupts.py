@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -67,9 +66,7 @@ class StopWhenAsked(TrainerCallback):
         if self._trainer.record.signal is None or several or state.global_step == 0:
             return
         self._trainer.leave_step()
-        control.should_save = not (
-            Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        ).exists()
+        control.should_save = self._trainer.saved_step != state.global_step
         control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

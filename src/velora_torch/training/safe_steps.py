@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,9 +53,11 @@ class SafeSteps:
     optimizer: Any
     accelerator: Any
     record: Any
+    saved_step: int
     policy: TrainSection | None = None
     """What to do; None trains on without looking."""
     say: Callable[[str], None]
+    current_gradient_accumulation_steps: float
     parts: int = 1
     """Pieces into which a micro-batch is cut, each with a forward and backward pass of its own."""
     skipped: tuple[int, ...] = ()
@@ -168,8 +169,6 @@ class SafeSteps:
             self.current_gradient_accumulation_steps = accumulation
         return torch.stack(losses).sum()
 
-    current_gradient_accumulation_steps: float
-
     # ------------------------------------------------------------------ before the update
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -233,7 +232,7 @@ class SafeSteps:
         number = self.state.global_step
         if number == 0:
             return ""
-        if not (Path(self.args.output_dir) / f"checkpoint-{number}").exists():
+        if self.saved_step != number:
             self._save_checkpoint(self.model, None)
         return f"checkpoint-{number} has what was learnt before it.\n"
 

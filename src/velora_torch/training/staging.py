@@ -84,7 +84,9 @@ def explained(output: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save has no class of its own for what the disk refuses.
-        if type(error) is RuntimeError and not re.search("inline_container|Writer", str(error)):
+        if type(error) is RuntimeError and not re.search(
+            "inline_container|Writer|iostream", str(error)
+        ):
             raise
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise

@@ -13,6 +13,9 @@ from velora_torch.layers import CompressedLayer
 from velora_torch.layers.adapter import CompressedAdapter
 from velora_torch.layers.state import TENSORS
 
+VECTORS = tuple(f"velora_{key}" for key in TENSORS)
+"""Buffers of compressed layers."""
+
 
 class StepStart:
     """Random numbers, buffers and the vectors of compressed layers before a step.
@@ -32,8 +35,8 @@ class StepStart:
         self._buffers: list[tuple[Tensor, Tensor]] = []
         for module in model.modules():
             if isinstance(module, CompressedLayer):
-                vectors = {f"velora_{key}": module._buffers[f"velora_{key}"] for key in TENSORS}
-                self._layers.append((module, module.velora.counters(), vectors))
+                vectors = {name: module._buffers[name] for name in VECTORS}
+                self._layers.append((module, vars(module.velora).copy(), vectors))
             if isinstance(module, CompressedAdapter):
                 sites = {k: copy.copy(site) for k, site in module.velora_adapter.sites.items()}
                 self._adapters.append((module, sites))
@@ -50,8 +53,7 @@ class StepStart:
         for buffer, value in self._buffers:
             buffer.copy_(value)
         for layer, counters, vectors in self._layers:
-            for name, value in counters.items():
-                setattr(layer.velora, name, value)
+            vars(layer.velora).update(counters)
             layer._buffers.update(vectors)
             if not layer.velora.drawn:
                 layer.take_unchecked()
@@ -67,7 +69,7 @@ class StepStart:
 def _random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+        states["cuda"] = torch.cuda.get_rng_state()  # of this process's device
     return states
 
 
@@ -76,4 +78,4 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"])

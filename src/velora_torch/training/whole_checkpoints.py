@@ -9,7 +9,7 @@ from typing import Any
 
 from velora_torch.atomic import write_whole
 from velora_torch.training.manifest import write_manifest
-from velora_torch.training.staging import STAGING, clear, explained, place, rotate
+from velora_torch.training.staging import STAGING, clear, explained, place, rotate, step_of
 
 SAFETY_FILE = "velora_safety.json"
 """What a run has learnt about itself: see `safe_steps.py`."""
@@ -24,9 +24,12 @@ class WholeCheckpoints:
 
     args: Any
     state: Any
+    control: Any
     accelerator: Any
     before_save: Callable[[], None] | None = None
     """Called before a checkpoint is written, by the process that writes."""
+    saved_step: int = 0
+    """Steps before the newest checkpoint that this run has written, or gone on from."""
     _staging: Path | None = None
 
     def safety_state(self) -> dict[str, Any]:
@@ -64,8 +67,17 @@ class WholeCheckpoints:
                 place(output, name)
                 rotate(output, output / name, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+        self.saved_step = self.state.global_step
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that was killed after its last step has nothing to train when it is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        state = json.loads((Path(resume_from_checkpoint) / SAFETY_FILE).read_bytes())
-        self.load_safety_state(state)
+        folder = Path(resume_from_checkpoint)
+        self.saved_step = step_of(folder)
+        self.load_safety_state(json.loads((folder / SAFETY_FILE).read_bytes()))
