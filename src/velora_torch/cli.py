@@ -72,9 +72,11 @@ def train(
         return
     from velora_torch.training.data import check_sources
     from velora_torch.training.models import check_settings
+    from velora_torch.training.output import check_output
 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    check_output(loaded.train.output, resume)
     check_settings(loaded)
     check_sources(loaded)
     if dry_run:

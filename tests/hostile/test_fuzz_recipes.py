@@ -21,10 +21,12 @@ from tests.hostile import cases
 from tests.training import tiny
 from velora_torch.training.assets import AssetError
 from velora_torch.training.data import DataError, check_sources
+from velora_torch.training.folder import FolderError
 from velora_torch.training.models import ModelError, check_settings
+from velora_torch.training.output import check_output
 from velora_torch.training.recipe import RecipeError, _known_keys, load_recipe, recipe_to_yaml
 
-REFUSALS = (RecipeError, DataError, ModelError, AssetError)
+REFUSALS = (RecipeError, DataError, ModelError, AssetError, FolderError)
 KEYS = list(_known_keys())
 
 
@@ -159,6 +161,7 @@ def check(place: Path, content: bytes, overrides: list[str]) -> None:
             (place / "whole.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
             again = load_recipe(place / "whole.yaml")
             (place / "whole.yaml").unlink()
+            check_output(recipe.train.output, resume=False)
             check_settings(recipe)
             check_sources(recipe)
             recipe.describe().encode()

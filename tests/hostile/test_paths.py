@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def go(model: Path, rows: Path, tmp_path: Path) -> Any:
         evaluate = {"before": False, "after": False}
         recipe = tiny.recipe_dict(model, rows, Path("x"), train=train, evaluate=evaluate)
         recipe["train"]["output"] = str(output)
-        file = tiny.save_recipe(tmp_path / "recipe.yaml", recipe)
+        file = tiny.save_recipe(tmp_path / "small.yaml", recipe)
         run(load_recipe(file), Options(**options), lambda line: None)
 
     return start
@@ -69,14 +70,23 @@ def test_an_output_that_is_no_folder_of_a_run(
     go: Any, outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     monkeypatch.chdir(outside)
+    (outside / "recipe.yaml").write_text("data: {train: trec}")  # as in the folder of a run
     root = set(os.listdir("/"))
-    for output in ("/", ".", "..", str(outside), str(outside / "thesis.tex"), "thesis.tex/run"):
+    for output in (
+        "/",
+        ".",
+        "..",
+        str(outside),
+        str(outside / "deep/.."),
+        str(outside / "thesis.tex"),
+        "thesis.tex/run",
+    ):
         with pytest.raises((ValueError, OSError)) as refused:
             go(output, overwrite=overwrite)
         assert str(refused.value).strip()
     assert set(os.listdir("/")) == root
     assert untouched(outside)
-    assert {path.name for path in outside.iterdir()} <= {"thesis.tex", "deep", ".lock"}
+    assert {path.name for path in outside.iterdir()} == {"thesis.tex", "deep", "recipe.yaml"}
 
 
 @pytest.mark.parametrize("name", ["checkpoint-7", "final", "runs"])
@@ -86,10 +96,8 @@ def test_overwriting_a_run_follows_no_link_out_of_it(
     go(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
     (tmp_path / "run" / name).symlink_to(outside, target_is_directory=True)
-    try:
+    with suppress(ValueError, OSError):  # to refuse it is as good
         go(tmp_path / "run", overwrite=True)
-    except (ValueError, OSError) as refused:
-        assert name in str(refused)
     assert untouched(outside)
     assert {path.name for path in outside.iterdir()} == {"thesis.tex", "deep"}
 

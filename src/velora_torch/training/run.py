@@ -28,6 +28,7 @@ from velora_torch.training import budget
 from velora_torch.training.assemble import make_optimizer, place, prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
+from velora_torch.training.output import check_output
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.saving import save_final
 
@@ -60,6 +61,7 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     """
     start = time.perf_counter()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    check_output(recipe.train.output, options.resume)
     folder = RunFolder(recipe.train.output)
     if options.resume and recipe.memory_budget is not None and folder.recipe.is_file():
         recipe = budget.as_started(recipe, folder.load_recipe())
