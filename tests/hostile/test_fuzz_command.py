@@ -16,6 +16,7 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 import huggingface_hub
+import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, not 2,000 times
         patch.delenv("VELORA_DEBUG", raising=False)
         patch.setattr(huggingface_hub.HfApi, "model_info", refuse)
         patch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
