@@ -106,7 +106,7 @@ def test_a_run_is_not_resumed_from_code(
     (checkpoint / "training_args.bin").write_bytes(pickle.dumps(Bomb(ran)))
     written = tiny.recipe_dict(model, rows, output, train={"steps": 4})
     recipe = load_recipe(tiny.save_recipe(tmp_path / "recipe.yaml", written))
-    with pytest.raises(ValueError, match=r"optimizer\.pt|damaged|changed"):
+    with pytest.raises(ValueError):
         run(recipe, Options(resume=True), lambda line: None)
     assert not ran.exists()
     assert not (output / "checkpoint-4").exists()
