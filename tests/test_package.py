@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 import types
+from pathlib import Path
+
+from packaging.requirements import Requirement
 
 import velora_torch
 
@@ -58,3 +62,16 @@ def test_importing_needs_no_extra_and_leaves_the_gpu_alone() -> None:
     assert "velora_torch" in loaded
     assert not loaded & extras
     assert not initialised
+
+
+def test_every_dependency_has_a_lower_bound_that_is_tested() -> None:
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    asked = [Requirement(r) for group in (project["dependencies"], *extras) for r in group]
+    lines = (root / "constraints-oldest.txt").read_text().splitlines()
+    tested = {r.name: r for line in lines if line[0] != "#" for r in [Requirement(line)]}
+    for requirement in asked:
+        assert [s.operator for s in requirement.specifier] == [">="], requirement
+        (exact,) = tested[requirement.name.lower()].specifier
+        assert requirement.specifier.contains(exact.version), requirement

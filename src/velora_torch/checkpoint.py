@@ -15,10 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.layers.state import TENSORS
 from velora_torch.model import compressed_layers
 from velora_torch.sharding import as_sharded, copy_whole_, whole
+from velora_torch.state_check import check_adapter_state, check_layer_state
 
 JSON_FILE = "velora_state.json"
 TENSOR_FILE = "velora_state-*.safetensors"
@@ -113,6 +116,9 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _check_layers(layers, described, folder)
     for name, adapter in adapters.items():
         _check_config(name, adapter.velora_adapter.config, described[name], {}, folder)
+        check_adapter_state(name, adapter, described[name], tensors)
+    for name, layer in layers.items():
+        check_layer_state(name, layer, described[name], tensors)
     for name, adapter in adapters.items():
         start = f"{name}."
         own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
@@ -151,19 +157,38 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         text = json.loads(data)
         form, name = text["format"], text["tensors"]
         described, expected = text["layers"], text["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is truncated or damaged ({error!r}); use an earlier checkpoint"
-        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, repr(error)) from None
     if form != FORMAT:
-        raise ValueError(f"{path} has format {form!r}; this version reads {FORMAT!r}")
-    tensors = _bytes_of(path.parent / Path(str(name)).name)
+        raise ValueError(f"{path} has format {_shown(form)}; this version reads {FORMAT!r}")
+    if not (isinstance(described, dict) and all(map(_has_config, described.values()))):
+        raise _damaged(path, "its layers are no objects with a configuration")
+    # A name alone: a state cannot name a file of another folder.
+    if not (isinstance(name, str) and fnmatchcase(name, TENSOR_FILE) and Path(name).name == name):
+        raise _damaged(path, f"it names the tensor file {_shown(name)}, which is not {TENSOR_FILE}")
+    tensors = _bytes_of(path.parent / name)
     if _checksum(described, tensors) != expected:
         raise ValueError(
             f"{path} or {name} next to it is truncated or damaged: the checksum of their content "
             f"is not the one that was saved; use an earlier checkpoint"
         )
-    return described, load_tensors(tensors)
+    try:
+        return described, load_tensors(tensors)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path.parent / name, repr(error)) from None
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is truncated or damaged ({what}); use an earlier checkpoint")
+
+
+def _has_config(described: Any) -> bool:
+    return isinstance(described, dict) and isinstance(described.get("config"), dict)
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -221,7 +246,7 @@ def _check_config(
         if key not in sizes and there_too != value:
             different[key] = (there_too, value)
     if different:
-        listed = ", ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in different.items())
+        listed = ", ".join(f"{k}: {_shown(a)} there, {b!r} here" for k, (a, b) in different.items())
         raise ValueError(f"the state in {folder} does not fit layer {name!r} ({listed})")
 
 

@@ -15,6 +15,7 @@ except ImportError:  # the library works without the command's dependencies
     sys.exit("velora: the command needs more packages: pip install 'velora-torch[train]'")
 
 from velora_torch.quiet import quiet
+from velora_torch.remote_code import FLAG, trust_remote_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,15 @@ SIGNALLED = 128
 INTERRUPTED = SIGNALLED + signal.SIGINT
 NOTHING_FITS = 1
 FAILED = 1
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        FLAG,
+        callback=trust_remote_code,
+        help="Run Python code that comes with the model. Never a recipe's choice.",
+    ),
+]
 
 
 @app.callback()
@@ -57,6 +67,7 @@ def train(
     strategy: Annotated[
         str, typer.Option(help="Under torchrun: ddp, a whole model in each process; or fsdp2.")
     ] = "ddp",
+    trust_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a model as a recipe says; ends with a checkpoint, results.json and report.html."""
     from velora_torch.training.recipe import load_recipe, recipe_to_yaml
@@ -67,11 +78,13 @@ def train(
         return
     from velora_torch.training.data import check_sources
     from velora_torch.training.models import check_settings
+    from velora_torch.training.output import check_output
     from velora_torch.training.processes import Strategy, check_strategy, is_first
 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     check_strategy(strategy)
+    check_output(loaded.train.output, resume)
     check_settings(loaded)
     check_sources(loaded)
     if dry_run:
@@ -108,6 +121,7 @@ def export(
     lora: Annotated[
         bool, typer.Option("--lora", help="A PEFT LoRA adapter instead of whole weights.")
     ] = False,
+    trust_code: TrustRemoteCode = False,
 ) -> None:
     """Turn a run into a plain checkpoint or a LoRA adapter."""
     from velora_torch.training.exporting import export_run
@@ -137,6 +151,7 @@ def explain(
     chart: Annotated[
         Path | None, typer.Option(help="Draw plain next to VeLoRA into a .png or .svg file.")
     ] = None,
+    trust_code: TrustRemoteCode = False,
 ) -> None:
     """Which layers keep how much for the backward pass, and what compressing really frees."""
     import json
@@ -184,6 +199,7 @@ def plan(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Show so many at most.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_code: TrustRemoteCode = False,
 ) -> None:
     """The fastest ways to train that fit into a memory budget; needs no GPU and no weights."""
     from velora_torch.memory.planner.plan import plan as make_plan
@@ -290,6 +306,7 @@ def analyze(
         Path | None,
         typer.Option(help="Folder to write, new or empty; runs/analyze/NAME by default."),
     ] = None,
+    trust_code: TrustRemoteCode = False,
 ) -> None:
     """What compression would do to a recipe's activations and gradients: JSON, plots, tables."""
     from velora_torch.analysis.run import Request, numbers

@@ -113,3 +113,19 @@ def full(steps: int = 120) -> Results:
         ],
         notes=["The comparison alternates the two variants, five repeats each."],
     )
+
+
+def full_of(text: str) -> Results:
+    """A run in which everything that has a name is called `text`: model, data, answers, layers."""
+    results = full()
+    results.run.name = results.model.name = results.run.command = results.run.started = text
+    results.run.machine.cpu = results.run.machine.device = results.run.versions["torch"] = text
+    results.run.recipe = {text: text, "data": {"train": text, "template": f"{text}\n{text}"}}
+    results.notes = [text]
+    results.model.exact_layers = results.model.compressed_layers = {text: text}
+    for quality in (results.before, results.after):
+        assert quality is not None
+        quality.choices, quality.accuracy_by_choice = [text, "other"], {text: 0.5}
+    for row in results.compare:
+        row.variant = text
+    return results

@@ -8,7 +8,7 @@ import pytest
 from velora_torch.report import page, plots
 from velora_torch.report.results import ComparisonRow, Evaluation, HistoryPoint, Memory, Quality
 
-from .samples import bare, full
+from .samples import bare, full, full_of
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -165,15 +165,7 @@ def test_nothing_is_fetched_and_no_id_is_used_twice():
 
 
 def test_names_stay_text():
-    results = full()
-    results.run.name = results.model.name = results.run.command = HOSTILE
-    results.run.machine.cpu = results.run.versions["torch"] = HOSTILE
-    results.run.recipe = {HOSTILE: HOSTILE}
-    results.notes = [HOSTILE]
-    results.model.exact_layers = {HOSTILE: HOSTILE}
-    results.after.accuracy_by_choice = {HOSTILE: 0.5}
-    for row in results.compare:
-        row.variant = HOSTILE
+    results = full_of(HOSTILE)
     html = page.render_report(results)
     assert "script" not in Page(html).tags
     assert "<script" not in html

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.layers.quantized import CompressedQuantized, bases_alone
 from velora_torch.layers.scale_shift import ScaleShift
 from velora_torch.model import compressed_layers
+from velora_torch.pickles import check_pickles
+from velora_torch.shards import check_shards
 
 ADAPTED = "_hf_peft_config_loaded"
 """What transformers sets on a model that has got adapters."""
@@ -54,6 +57,8 @@ class VeloraTrainerMixin:
             save_state(self.model, output_dir or self.args.output_dir, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_shards(Path(resume_from_checkpoint))
+        check_pickles(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         self._load_compressed(resume_from_checkpoint)
 

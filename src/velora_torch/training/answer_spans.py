@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from velora_torch.training.packing import IGNORED, Tokens
+from velora_torch.training.templates import apply_template
 
 Messages = list[dict[str, str]]
 
 
 def chat_length(tokenizer: Any, messages: Messages) -> int:
     """Return the tokens of a conversation."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = apply_template(tokenizer, messages)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -33,17 +34,13 @@ def learn_answers(tokenizer: Any, messages: Messages) -> Tokens | None:
     """
     if not tokenizer.is_fast:
         return None
-    full = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    full = apply_template(tokenizer, messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = str(
-            tokenizer.apply_chat_template(
-                messages[:index], tokenize=False, add_generation_prompt=True
-            )
-        )
-        after = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+        before = apply_template(tokenizer, messages[:index], add_generation_prompt=True)
+        after = apply_template(tokenizer, messages[: index + 1])
         if not (after.startswith(before) and full.startswith(after)):
             return None
         eos = str(tokenizer.eos_token)

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from velora_torch.atomic import install_folder
+from velora_torch.paths import as_path
+from velora_torch.remote_code import check_code
+from velora_torch.shards import check_shards
 
 MODELS = ("smollm2-135m-instruct", "dinov2-s", "minilm-l6")
 DATA_SETS = ("trec", "trec-50", "sms-spam")
@@ -137,7 +140,7 @@ _SOURCES = {
 def cache_folder() -> Path:
     """Return the folder for converted models."""
     if own := os.environ.get("VELORA_CACHE"):
-        return Path(own).expanduser()
+        return as_path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "velora-torch"
 
@@ -164,10 +167,12 @@ def check_model(name: str) -> None:
                     f"install it with: pip install {source.reader}"
                 )
         return
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise AssetError(f"the folder {name} holds no config.json, so it is not a model")
+        check_code(path)
+        check_shards(path)
     elif path.is_file():
         raise AssetError(f"{name} is a file; a local model is a folder with a config.json")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -178,7 +183,7 @@ def check_model(name: str) -> None:
 
 def check_hub_model(name: str) -> None:
     """Raise `AssetError` if a hub id is neither in the hub's local cache nor on the hub."""
-    if name in MODELS or Path(name).expanduser().is_dir():
+    if name in MODELS or as_path(name).is_dir():
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -209,7 +214,7 @@ def resolve_model(name: str, report: Callable[[str], None] = lambda line: None) 
     """
     check_model(name)
     if name not in MODELS:
-        path = Path(name).expanduser()
+        path = as_path(name)
         return path if path.is_dir() else name
     source, target = _SOURCES[name], _converted(name)
     if not source.reader:

@@ -10,6 +10,7 @@ from velora_torch.memory.planner.budget import gib
 from velora_torch.memory.planner.candidates import RECIPE_OPTIMIZERS, Candidate
 from velora_torch.memory.planner.plan import Plan, plan
 from velora_torch.memory.planner.table import nothing_fits
+from velora_torch.remote_code import trust
 from velora_torch.report.results import Prediction
 from velora_torch.training.assets import resolve_model
 from velora_torch.training.data import PreparedData, check_context, prepare
@@ -119,7 +120,7 @@ def _configuration(recipe: Recipe, say: Say) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
-    config = AutoConfig.from_pretrained(resolve_model(recipe.model, say))
+    config = AutoConfig.from_pretrained(resolve_model(recipe.model, say), **trust())
     # A run trains a causal language model, whatever its checkpoint was saved as.
     name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if name is not None:

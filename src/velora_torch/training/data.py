@@ -261,7 +261,10 @@ def _instructions(recipe: Recipe, tokenizer: Any, train: Part, held_out: Part) -
         raise DataError(str(error)) from None
 
     def encode(part: Part) -> tuple[list[PromptAnswer], int]:
-        encoded = template.encode(examples_of(part))
+        try:
+            encoded = template.encode(examples_of(part))
+        except TemplateError as error:
+            raise DataError(f"{part.source}: {error}") from None
         lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in encoded]
         kept = [_shorten(encoded[i], data.max_length) for i in _fit(lengths, recipe, part)]
         return kept, len(encoded) - len(kept)
@@ -358,13 +361,21 @@ def _chats(recipe: Recipe, tokenizer: Any, train: Part, held_out: Part) -> Prepa
 
     def read(part: Part) -> tuple[list[Messages], list[int]]:
         chats = conversations_of(part, data.system)
-        lengths = [chat_length(tokenizer, messages) for messages in chats]
+        lengths = []
+        for (where, _), messages in zip(part, chats, strict=True):
+            try:
+                lengths.append(chat_length(tokenizer, messages))
+            except TemplateError as error:
+                raise DataError(f"{where}: {error}") from None
         keep = _fit(lengths, recipe, part)
         return [chats[i] for i in keep], [lengths[i] for i in keep]
 
     learnt, lengths = read(train)
     held, _ = read(held_out)
-    dataset, marks_needed = _chat_dataset(learnt + held, tokenizer, data.answers_only)
+    try:
+        dataset, marks_needed = _chat_dataset(learnt + held, tokenizer, data.answers_only)
+    except TemplateError as error:  # of the first messages of a conversation
+        raise DataError(f"{data.train}: {error}") from None
     stats = {
         "train_examples": len(learnt),
         "eval_examples": len(held),

@@ -8,6 +8,7 @@ from typing import Any
 
 from velora_torch.checkpoint import JSON_FILE, TENSOR_FILE, load_state
 from velora_torch.export import export_lora
+from velora_torch.shards import check_shards
 from velora_torch.training.assemble import prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import FolderError, RunFolder
@@ -51,6 +52,8 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
     if to.exists():
         raise FolderError(f"{to} exists; choose a new folder")
     source = folder.newest_model()
+    check_shards(source)
+    _check_links(source, run)
     merged = recipe.task == "pretrain" and source == folder.final  # whose base nobody has
     adapter = recipe.method in PEFT_METHODS or recipe.method == "coefficients"
     if merged and adapter and lora:
@@ -73,6 +76,13 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
         shutil.copytree(source, to, ignore=shutil.ignore_patterns(*RESUMING))
     kind = "a LoRA adapter" if lora else "a plain checkpoint"
     return f"wrote {kind} of {source} to {to}"
+
+
+def _check_links(source: Path, run: Path) -> None:
+    """Refuse links out of the run: an export would hold the files of whoever makes it."""
+    for path in source.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
+            raise FolderError(f"{path} is a link out of the run; remove it, or put the file there")
 
 
 def _load_compressed(recipe: Recipe, source: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from velora_torch.training.schema import Recipe
 from velora_torch.training.sources import DataError, Rows, check_source, has_test_split
 
 Label = int | float
+LARGEST = sys.float_info.max
+"""The largest number of a regression."""
 
 
 @dataclass
@@ -92,7 +95,7 @@ def prepare_labelled(recipe: Recipe, tokenizer: Any) -> PreparedData:
 
 def classes_of(part: Part) -> tuple[str, ...]:
     """The distinct labels of training rows: numbers in their order, else names in theirs."""
-    found = {row[part.columns["label"]] for row in part.rows}
+    found = {_label(row, part.columns["label"], where) for where, row in part}
     if all(isinstance(label, int) for label in found):
         return tuple(str(label) for label in sorted(found))
     return tuple(sorted(str(label) for label in found))
@@ -144,25 +147,37 @@ def _labelled(part: Part, classes: tuple[str, ...] | None) -> Labelled:
     places = None if classes is None else {name: i for i, name in enumerate(classes)}
     texts, pairs, labels = [], [], []
     for where, row in part:
-        texts.append(_text(row[names["text"]], where))
+        texts.append(_text(row.get(names["text"]), where))
         if "text_pair" in names:
-            pairs.append(_text(row[names["text_pair"]], where))
-        labels.append(label_of(row[names["label"]], places, where))
+            pairs.append(_text(row.get(names["text_pair"]), where))
+        labels.append(label_of(_label(row, names["label"], where), places, where))
     return Labelled(texts, pairs if "text_pair" in names else None, labels)
 
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise DataError(f"{where}: a text is needed, and there is {value!r}")
+    raise DataError(f"{where}: a text is needed, and there is {str(value)[:60]!r}")
+
+
+def _label(row: dict[str, Any], column: str, where: str) -> Any:
+    """What a row has for a label: a text or a number."""
+    value = row.get(column)
+    if isinstance(value, str | int | float):
+        return value
+    kind = "nothing" if value is None else f"a {type(value).__name__}"
+    raise DataError(f"{where}: {column!r} holds {kind}; expected a class or a number")
 
 
 def label_of(value: Any, places: dict[str, int] | None, where: str) -> Label:
     """A class by its place in the names (`places`), or the number of a regression."""
     if places is None:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and abs(value) <= LARGEST:  # neither NaN nor infinite
             return float(value)
-        raise DataError(f"{where}: the label of a regression must be a number, not {value!r}")
+        raise DataError(
+            f"{where}: the label of a regression must be a finite number, not {str(value)[:60]!r}"
+        )
     if str(value) not in places:
         known = ", ".join(list(places)[:12])
         raise DataError(f"{where}: the class {value!r} is none of the training data's: {known}")

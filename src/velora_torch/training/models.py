@@ -13,6 +13,7 @@ from velora_torch.config import VeloraConfig
 from velora_torch.model import coefficients, compress
 from velora_torch.quiet import quiet as quiet_libraries
 from velora_torch.recomputation import checkpoint_blocks, recompute
+from velora_torch.remote_code import explain, trust
 from velora_torch.training.assets import AssetError, resolve_model
 from velora_torch.training.data import PreparedData
 from velora_torch.training.methods import apply_method
@@ -69,9 +70,11 @@ def context(recipe: Recipe) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(resolve_model(recipe.model))
+        config = AutoConfig.from_pretrained(resolve_model(recipe.model), **trust())
     except (OSError, ValueError) as error:
-        raise AssetError(f"no configuration for {recipe.model!r}: {_first(error)}") from None
+        raise AssetError(
+            f"no configuration for {recipe.model!r}: {explain(recipe.model, error)}"
+        ) from None
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit
 
@@ -82,10 +85,10 @@ def load_tokenizer(recipe: Recipe, report: Callable[[str], None]) -> Any:
 
     source = resolve_model(recipe.model, report)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **trust())
     except (OSError, ValueError) as error:
         raise AssetError(
-            f"cannot load the tokenizer of {recipe.model!r}: {_first(error)}"
+            f"cannot load the tokenizer of {recipe.model!r}: {explain(recipe.model, error)}"
         ) from None
 
 
@@ -112,7 +115,7 @@ def load_model(
         return apply_method(model, recipe)
     transformers.set_seed(recipe.train.seed)  # heads and adapters are random
     source = resolve_model(recipe.model, report)
-    settings: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
+    settings: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype), **trust()}
     if recipe.attention is not None:
         settings["attn_implementation"] = recipe.attention
     if recipe.quantization is not None:
@@ -125,7 +128,9 @@ def load_model(
     try:
         model = loader.from_pretrained(source, **settings)
     except (OSError, ValueError) as error:
-        raise AssetError(f"cannot load the model {recipe.model!r}: {_first(error)}") from None
+        raise AssetError(
+            f"cannot load the model {recipe.model!r}: {explain(recipe.model, error)}"
+        ) from None
     if recipe.quantization is not None:
         from velora_torch.integrations.bitsandbytes import keep_differentiable
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from velora_torch.paths import as_path
 from velora_torch.training.assets import AssetError
 from velora_torch.training.packaged.prose import PROSE, check_prose, load_prose
 from velora_torch.training.sources import DataError
@@ -26,17 +27,14 @@ def check_general_text(name: str) -> None:
             check_prose(name)
         except AssetError as error:
             raise DataError(f"evaluate.perplexity: {error}") from None
-    elif not Path(name).expanduser().is_file():
+    elif not as_path(name).is_file():
         known = ", ".join(PROSE)
         raise DataError(f"evaluate.perplexity: no file {name!r}; packaged texts: {known}")
 
 
 def windows(name: str, tokenizer: Any) -> torch.Tensor:
     """Tokens of a text in windows, (N, LENGTH)."""
-    if name in PROSE:
-        texts = load_prose(name)
-    else:
-        texts = [Path(name).expanduser().read_text(encoding="utf-8")]
+    texts = load_prose(name) if name in PROSE else [_read(as_path(name))]
     ids = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
     count = len(ids) // LENGTH
     if not count:
@@ -46,6 +44,13 @@ def windows(name: str, tokenizer: Any) -> torch.Tensor:
     rows = torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
     places = torch.linspace(0, count - 1, min(count, WINDOWS)).round().long()
     return rows[places]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"evaluate.perplexity: {path} is not UTF-8 text") from None
 
 
 @torch.no_grad()

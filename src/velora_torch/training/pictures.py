@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from velora_torch.paths import as_path
+from velora_torch.remote_code import explain, trust
 from velora_torch.training.assets import AssetError, resolve_model
 from velora_torch.training.data import PreparedData, load_rows, split
 from velora_torch.training.labelled import classes_of, label_of, part_of
@@ -66,7 +68,7 @@ def check_pictures(name: str) -> None:
             check_images(name)
         except AssetError as error:
             raise DataError(f"{name}: {error}") from None
-    elif not Path(name).expanduser().is_dir():
+    elif not as_path(name).is_dir():
         check_source(name)
 
 
@@ -132,12 +134,12 @@ def _shuffled(part: Part, seed: int) -> Part:
 
 
 def _is_folder(name: str) -> bool:
-    return Path(name).expanduser().is_dir()
+    return as_path(name).is_dir()
 
 
 def _folder_rows(data: DataSection) -> tuple[Rows, Rows]:
     """Rows of a folder with a folder for each class, within train/ and test/ or on their own."""
-    root = Path(data.train).expanduser()
+    root = as_path(data.train)
     held: Rows = []
     if (root / "train").is_dir():
         other = next((root / n for n in ("validation", "test") if (root / n).is_dir()), None)
@@ -165,8 +167,8 @@ def _pictures(part: Part, classes: tuple[str, ...], size: int, limit: int | None
     for where, row in part:
         if limit is not None and len(images) == limit:
             break
-        images.append(_pixels(row[part.columns["image"]], size, where))
-        labels.append(int(label_of(row[part.columns["label"]], places, where)))
+        images.append(_pixels(row.get(part.columns["image"]), size, where))
+        labels.append(int(label_of(row.get(part.columns["label"]), places, where)))
     return Pictures(images, labels)
 
 
@@ -175,8 +177,10 @@ def _pixels(image: Any, size: int, where: str) -> Any:
     import io
 
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    # What PIL raises for damaged files and for those that would fill the memory.
+    unreadable = (OSError, TypeError, ValueError, OverflowError, SyntaxError)
     try:
         if isinstance(image, str):
             image = Image.open(image)
@@ -185,7 +189,7 @@ def _pixels(image: Any, size: int, where: str) -> Any:
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image, dtype=np.uint8))
         return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-    except (OSError, TypeError, ValueError, UnidentifiedImageError) as error:
+    except (*unreadable, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not an image that can be read: {error}") from None
 
 
@@ -196,9 +200,11 @@ def _form(recipe: Recipe) -> tuple[int, Sequence[float], Sequence[float]]:
 
     source = resolve_model(recipe.model)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **trust())
     except (OSError, ValueError) as error:
-        raise DataError(f"no configuration for {recipe.model!r}: {error}") from None
+        raise DataError(
+            f"no configuration for {recipe.model!r}: {explain(recipe.model, error)}"
+        ) from None
     timm = getattr(config, "pretrained_cfg", None)
     if timm:
         size = recipe.data.image_size or timm["input_size"][-1]

@@ -30,6 +30,7 @@ from velora_torch.training.sections import (
     TrainSection,
     VeloraSection,
 )
+from velora_torch.training.yaml_limits import check_limits
 
 __all__ = [
     "ColumnsSection",
@@ -74,7 +75,13 @@ EXCLUSIVE = (
     ("tokenizer.vocab_size", "tokenizer.source"),
 )
 
+LARGEST_INT_BITS = 1000
+MOST_BYTES = 2**20
+"""Of a recipe: its reader takes a second for some 100 kB."""
+
 KeyPath = tuple[str | int, ...]
+UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError)
+"""What PyYAML raises for values that it cannot make, besides its own errors."""
 
 
 class RecipeError(ValueError):
@@ -84,7 +91,17 @@ class RecipeError(ValueError):
 class _Loader(yaml.SafeLoader):
     """The safe loader, which takes 1e-4 for a number (YAML 1.2) and not for a text (YAML 1.1)."""
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number that a float can hold too, and that can be shown."""
+        number: int = super().construct_yaml_int(node)
+        if number.bit_length() > LARGEST_INT_BITS:
+            raise yaml.constructor.ConstructorError(
+                problem="the number is too large", problem_mark=node.start_mark
+            )
+        return number
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -140,7 +157,8 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 def _read(path: Path) -> str:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:  # which may have no end, such as /dev/zero
+            raw = file.read(MOST_BYTES + 1)
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder; expected a YAML file") from None
     except FileNotFoundError:
@@ -150,6 +168,10 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: no such file{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(raw) > MOST_BYTES:
+        raise RecipeError(
+            f"{path}: is too large for a recipe, which has at most {MOST_BYTES:,} bytes"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -167,6 +189,7 @@ def _parse(text: str, source: _Source) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):
             line = node.start_mark.line + 1
             raise RecipeError(f"{source.file}:{line}: expected `key: value` lines at the top level")
+        check_limits(node)
         _record_lines(node, (), source, loader)
         data: dict[str, Any] = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -179,9 +202,9 @@ def _parse(text: str, source: _Source) -> dict[str, Any]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{source.file}:{line}: not valid YAML: {error.reason}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, RecipeError):
-            raise
+    except RecipeError:
+        raise
+    except UNREADABLE as error:
         raise RecipeError(f"{source.file}:1: not valid YAML: {error}") from None
     finally:
         if loader is not None:
@@ -217,15 +240,28 @@ def _record_lines(node: yaml.Node, key: KeyPath, source: _Source, loader: _Loade
             _record_lines(value_node, below, source, loader)
 
 
+def _value(text: str) -> Any:
+    """The value that a text of YAML stands for."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        check_limits(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
 def _override(data: dict[str, Any], text: str, source: _Source) -> None:
     dotted, equals, raw = text.partition("=")
     names = tuple(part.strip() for part in dotted.split("."))
     if not equals or not all(names):
         raise RecipeError(f"override `{text}`: expected key=value, such as train.steps=20")
     try:
-        value = yaml.load(raw, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        what = getattr(error, "problem", None) or "not valid YAML"
+        value = _value(raw)
+    except (yaml.YAMLError, *UNREADABLE) as error:
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise RecipeError(
             f"override `{text}`: the value is not valid YAML ({what}); "
             f"a text with special characters needs quotes of its own: {dotted}='\"…\"'"

@@ -130,6 +130,11 @@ def conversations_of(part: Part, system: str | None) -> list[list[dict[str, str]
         messages = [_message(item, where) for item in value]
         if not any(m["role"] == "assistant" for m in messages):
             raise DataError(f"{where}: has no message of the assistant to learn")
+        if messages[0]["role"] == "assistant":
+            raise DataError(
+                f"{where}: begins with the assistant's message, which answers nothing; put the "
+                f"user's before it, or leave it out"
+            )
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         conversations.append(messages)

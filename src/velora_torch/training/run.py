@@ -27,6 +27,7 @@ from velora_torch.training import budget, processes
 from velora_torch.training.assemble import make_optimizer, place, prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
+from velora_torch.training.output import check_output
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.saving import save_final
 
@@ -59,6 +60,7 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
         What was measured; also written to the run's folder. Its status is "interrupted" where
         Ctrl-C or SIGTERM stopped it, and the last checkpoint can be resumed.
     """
+    check_output(recipe.train.output, options.resume)
     folder = RunFolder(recipe.train.output)
     with processes.joined(), folder.alone():
         processes.wait()  # until the first one has the folder

@@ -15,8 +15,10 @@ from pydantic_core import PydanticCustomError
 
 from velora_torch.config import Init, Purpose, recommended_settings
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1
+"""The largest whole number of a recipe: what PyTorch's counters and seeds hold."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Targets = str | Annotated[list[str], Field(min_length=1)]
 
 TEMPLATES = ("alpaca", "chat", "plain")
@@ -43,7 +45,7 @@ def parse_count(text: str) -> int:
         ValueError: it says none.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB]?)\s*", text)
-    if match is None or float(match[1]) == 0:
+    if match is None or not 0 < float(match[1]) <= LARGEST:
         raise ValueError("is not a number of tokens such as 100M, 2.5B or 500000")
     return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()])
 
@@ -234,12 +236,13 @@ class DataSection(Section):
         if template in TEMPLATES:
             return template
         try:
-            names = [
-                name for _, name, _, _ in string.Formatter().parse(template) if name is not None
-            ]
+            parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"has a stray brace ({error}); write {{{{ for a literal one") from None
-        for name in names:
+        names = [str(name) for _, name, _, _ in parts]
+        for _, name, form, conversion in parts:
+            if form or conversion:
+                raise ValueError(f"gives {{{name}}} a format of its own; write {{{name}}} alone")
             if name not in PLACEHOLDERS:
                 raise ValueError(
                     f"has an unknown placeholder {{{name}}}; "

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from velora_torch.paths import as_path
 from velora_torch.training.assets import DATA_SETS, AssetError, check_packaged, load_packaged
 from velora_torch.training.sections import DataSection
 
@@ -94,7 +95,7 @@ def read_packaged(name: str) -> tuple[Rows, Rows]:
 
 
 def _existing_file(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.is_dir():
         raise DataError(f"{name}: is a folder; expected a file ({' '.join(SUFFIXES)})")
     if not path.is_file():
@@ -138,23 +139,51 @@ def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # other line ends may be inside strings
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})"
-            ) from None
+        row = read_json(line, path, number)
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: expected an object {{...}} on every line")
         yield row
 
 
-def _json(path: Path, text: str) -> Iterator[dict[str, Any]]:
+def read_json(text: str, path: Path, number: int | None = None) -> Any:
+    """The value that a text of JSON stands for.
+
+    Args:
+        text: the content of a file, or a line of it.
+        path: the file, for errors.
+        number: the line's, from 1; None for a whole file.
+
+    Raises:
+        DataError: it is not JSON, too deep, or holds half of a pair of surrogates, which stands
+            for no character, and no tokenizer takes it.
+    """
+    where = f"{path}:{number}" if number else str(path)
     try:
-        data = json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:  # an escape: any other half is no UTF-8 in the first place
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        hint = "; a file with one object per line is named .jsonl" * (error.msg == "Extra data")
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
+        if number:
+            what = f"{error.msg} (column {error.colno})"
+        else:
+            where = f"{path}:{error.lineno}"
+            hint = "; a file with one object per line is named .jsonl"
+            what = error.msg + hint * (error.msg == "Extra data")
+        raise DataError(f"{where}: not valid JSON: {what}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{where}: holds \\u{ord(half):04x}, half of a pair of surrogates: no character"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{where}: lists and objects are too deep in one another") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: {error}") from None
+    return value
+
+
+def _json(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    data = read_json(text, path)
     if isinstance(data, dict):  # {"data": [...]}, as datasets publish it
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else data

@@ -44,6 +44,18 @@ class PromptAnswer:
     answer_ids: list[int]
 
 
+def apply_template(tokenizer: Any, messages: list[dict[str, str]], **settings: Any) -> str:
+    """Messages as text, by the tokenizer's chat template, which jinja runs in its sandbox.
+
+    Raises:
+        TemplateError: the template refuses the messages, or does what the sandbox forbids.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise TemplateError(f"the tokenizer's chat template refuses it: {error}") from None
+
+
 class Template:
     """Turn examples into prompts and answers in the form that a recipe asks for.
 
@@ -109,16 +121,15 @@ class Template:
         return [*system, {"role": "user", "content": user}]
 
     def _chat(self, task: str, given: str) -> str:
-        text = self.tokenizer.apply_chat_template(
-            self._messages(task, given), tokenize=False, add_generation_prompt=True
+        return apply_template(
+            self.tokenizer, self._messages(task, given), add_generation_prompt=True
         )
-        return str(text)
 
     def _chat_closing(self) -> str:
         """Find what the chat template writes after an answer, up to the end-of-sequence token."""
         mark = "velora-answer"
         messages = [*self._messages("question", ""), {"role": "assistant", "content": mark}]
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        text = apply_template(self.tokenizer, messages)
         closing = text.rpartition(mark)[2]
         eos = str(self.tokenizer.eos_token)
         return closing[: closing.index(eos) + len(eos)] if eos in closing else closing.rstrip()

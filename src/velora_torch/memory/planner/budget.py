@@ -16,6 +16,9 @@ UNITS = {
     "TIB": 2**40,
 }
 
+MOST = 2**60
+"""Bytes that no machine has: more is a slip of the pen."""
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*")
 
 
@@ -25,7 +28,7 @@ def parse_budget(budget: str | int) -> int:
     GB is 10**9 bytes, GiB is 2**30.
 
     Raises:
-        ValueError: it is no size, has no unit, or is not positive.
+        ValueError: it is no size, has no unit, is not positive, or is beyond any machine (2**60).
     """
     size: float | None = None
     if isinstance(budget, int) and not isinstance(budget, bool):
@@ -33,7 +36,7 @@ def parse_budget(budget: str | int) -> int:
     elif isinstance(budget, str) and (match := _SIZE.fullmatch(budget)):
         unit = UNITS.get(match[2].upper())
         size = None if unit is None else float(match[1]) * unit
-    if size is None or size < 1:
+    if size is None or not 1 <= size <= MOST:
         raise ValueError(
             f"cannot read the memory budget {budget!r}: expected a positive number with a unit, "
             f"such as '24GiB' (2**30 bytes each), '24 GB' (10**9) or '8000MiB'"

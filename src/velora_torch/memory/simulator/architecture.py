@@ -19,6 +19,8 @@ from velora_torch.memory.fake import FakeWorld
 from velora_torch.memory.simulator.four_bit import is_bitsandbytes, stand_in
 from velora_torch.memory.simulator.presets import PRESETS, preset
 from velora_torch.memory.simulator.task import Task, auto_class, choose_task, task_of_class
+from velora_torch.paths import as_path
+from velora_torch.remote_code import check_code, explain, trust
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -163,7 +165,7 @@ class _FromConfig(Architecture):
         config = copy.deepcopy(config)
         dtype = dtype or config.dtype or torch.float32
         with torch.device("meta"):
-            model: nn.Module = auto_class(self._auto).from_config(config, dtype=dtype)
+            model: nn.Module = auto_class(self._auto).from_config(config, dtype=dtype, **trust())
         return model
 
 
@@ -207,7 +209,7 @@ def resolve(model: str | Path | PretrainedConfig | nn.Module) -> Architecture:
 def _from_name(name: str) -> Architecture:
     if name in PRESETS:
         return _FromConfig(name, preset(name))
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.exists():
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
@@ -225,17 +227,20 @@ def _read_config(file: Path) -> PretrainedConfig:
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}), so it is not a model's config") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind not in CONFIG_MAPPING:
+    check_code(file.parent)
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if not known and not ("auto_map" in content and trust()["trust_remote_code"]):
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 3, 0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(
             f"{file} has model_type {kind!r}, which transformers does not know{hint}. Set the "
             f"model_type, install a transformers that knows it, or pass a built module"
         )
-    return AutoConfig.from_pretrained(file)
+    source = file.parent if file.name == "config.json" else file  # code lies next to it
+    return AutoConfig.from_pretrained(source, **trust())
 
 
 def _hub_config(name: str) -> PretrainedConfig:
@@ -246,9 +251,9 @@ def _hub_config(name: str) -> PretrainedConfig:
     if "/" not in name and difflib.get_close_matches(name, PRESETS, 1, 0.9):
         raise ValueError(f"no model {name!r}: {hint}")  # a slip: not worth asking the hub
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, **trust())
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = explain(name, error)
         raise ValueError(
             f"no model {name!r}: it is no preset ({hint}), no folder or config.json, and its "
             f"configuration is neither in the hub's local cache nor could it be read from the hub "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from velora_torch.memory.simulator.architecture import resolve
+from velora_torch.remote_code import trust
 from velora_torch.training.assets import AssetError
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sources import DataError
@@ -61,5 +62,7 @@ def random_model(recipe: Recipe, config: Any) -> Any:
 
     transformers.set_seed(recipe.train.seed)
     settings = {} if recipe.attention is None else {"attn_implementation": recipe.attention}
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, **settings, **trust()
+    )
     return model.to(getattr(torch, recipe.dtype))

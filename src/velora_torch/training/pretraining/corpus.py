@@ -7,12 +7,12 @@ is the same in any order, and keeps copies of a document on one side.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from velora_torch.paths import as_path
 from velora_torch.training.assets import AssetError
 from velora_torch.training.packaged.manuals import (
     MANUALS,
@@ -28,6 +28,7 @@ from velora_torch.training.sources import (
     check_source,
     hub_stream,
     kind_of,
+    read_json,
     read_rows,
 )
 
@@ -43,7 +44,7 @@ def check_corpus(name: str) -> None:
             check_manuals(name)
         except AssetError as error:
             raise DataError(str(error)) from None
-    elif Path(name).expanduser().is_dir():
+    elif as_path(name).is_dir():
         _files(name)
     else:
         check_source(name, also=MANUALS)
@@ -105,10 +106,10 @@ def _read(data: DataSection, name: str, split: str) -> Iterator[str]:
     check_corpus(name)
     if name in MANUALS:
         texts = load_manuals(name)
-    elif Path(name).expanduser().is_dir():
+    elif as_path(name).is_dir():
         texts = (text for file in _files(name) for text in _file(data, file))
     elif kind_of(name) == "file":
-        texts = _file(data, Path(name).expanduser())
+        texts = _file(data, as_path(name))
     elif kind_of(name) == "packaged":
         texts = _texts(data, iter(read_rows(name)), name)
     else:
@@ -117,7 +118,7 @@ def _read(data: DataSection, name: str, split: str) -> Iterator[str]:
 
 
 def _files(name: str) -> list[Path]:
-    folder = Path(name).expanduser()
+    folder = as_path(name)
     found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     if not found:
         raise DataError(f"{name}: the folder holds no file that can be read ({' '.join(SUFFIXES)})")
@@ -162,7 +163,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = read_json(line, path, number)
                     if not isinstance(row, dict):
                         raise DataError(
                             f"{path}:{number}: expected an object {{...}} on every line"
@@ -170,8 +171,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8 text (after line {number})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -205,7 +204,7 @@ def _texts(data: DataSection, rows: Iterator[dict[str, Any]], source: str) -> It
 
 def _state(name: str) -> list[tuple[str, int, int]] | None:
     """Paths, sizes and dates of a source's files; None for the hub and packaged data."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     if name in MANUALS:
         files = manual_files(name)
     elif path.is_dir():

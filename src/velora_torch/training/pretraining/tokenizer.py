@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from velora_torch.atomic import install_folder
+from velora_torch.remote_code import explain, trust
 from velora_torch.training.assets import (
     AssetError,
     cache_folder,
@@ -47,9 +48,9 @@ def make_tokenizer(recipe: Recipe, say: Callable[[str], None]) -> Any:
     assert section is not None
     if section.source is not None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve_model(section.source, say))
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model(section.source, say), **trust())
         except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = explain(section.source, error)
             raise AssetError(
                 f"tokenizer.source: cannot load that of {section.source!r}: {reason}"
             ) from None
