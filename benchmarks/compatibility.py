@@ -126,20 +126,22 @@ def page(rows: list[Row]) -> str:
         timm=timm.__version__,
     )
     header = ["architecture", "kind", "layers compressed", "saved without", "with", "ratio"]
-    body = [
-        [
-            row.architecture.name,
-            row.architecture.kind,
-            f"{row.compressed} of {row.layers}",
-            format_bytes(row.plain_bytes),
-            format_bytes(row.compressed_bytes),
-            format_ratio(row.ratio),
-            "; ".join(row.exact),
-        ]
-        for row in rows
-    ]
     header.append("stays plain")
+    body = map(cells, rows)
     return introduction + markdown_grid(header, body, words=("kind", "stays plain")) + "\n"
+
+
+def cells(row: Row) -> list[str]:
+    """A line of the page's table."""
+    return [
+        row.architecture.name,
+        row.architecture.kind,
+        f"{row.compressed} of {row.layers}",
+        format_bytes(row.plain_bytes),
+        format_bytes(row.compressed_bytes),
+        format_ratio(row.ratio),
+        "; ".join(row.exact) or "nothing",
+    ]
 
 
 def short_table(rows: list[Row]) -> str:

@@ -93,9 +93,10 @@ class _TakeProducts(TorchFunctionMode):
         if transposed and node is not None:
             node = node.next_functions[0][0]
         # With coefficients pending the layer shows a copy of its weight, and autograd knows whose.
-        if type(node) is ExposedWeight._backward_cls and node.layer is self._layer:
-            return True
-        return _same_memory(tensor, raw)
+        exposed = type(node) is ExposedWeight._backward_cls
+        return (exposed and getattr(node, "layer", None) is self._layer) or _same_memory(
+            tensor, raw
+        )
 
 
 class _FindUses(TorchFunctionMode):
