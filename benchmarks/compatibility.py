@@ -56,7 +56,9 @@ What stays plain is in `velora.summary(model)`, with these reasons.
 Known limits: experts that are one parameter of three dimensions are no linear layers, and stay
 plain with all that they keep; so do convolutions, `nn.MultiheadAttention` and weights that are
 tied to an embedding. The output head stays plain unless `targets` names it. A weight that code
-outside of its layer multiplies by trains through a small gradient, but its input is kept.
+outside of its layer multiplies by trains through a small gradient, but its input is kept. A
+subclass of `nn.Linear` with a forward of its own is compressed if that multiplies its input by the
+whole weight and does nothing else with the weight.
 
 Command: `{command}`. torch {torch}, transformers {transformers}, timm {timm}.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from velora_torch import VeloraConfig, compress, fold, restore, summary
 from velora_torch.memory.count import saved_bytes
@@ -194,3 +197,25 @@ def test_looking_at_a_layer_does_not_change_it() -> None:
     summary(made)
     assert "calls" not in made[1].__dict__
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_layers_without_numbers_are_recognised(kind: type[nn.Linear]) -> None:
+    with torch.device("meta"):
+        on_meta = compress(model(kind), VeloraConfig(num_groups=4))
+    with FakeTensorMode():
+        fake = compress(model(kind), VeloraConfig(num_groups=4)).train()
+        fake(torch.randn(2, 5, 8)).sum().backward()
+    for made in (on_meta, fake):
+        assert list(summary(made).compressed) == ["0", "1"]
+    assert fake[1].coef.grad.shape == (OUTPUTS, 4)
+
+
+def test_checkpointing_and_copies() -> None:
+    made = compress(model(Transposed), VeloraConfig(num_groups=4)).train()
+    made(batch()).sum().backward()
+    expected = made[1].coef.grad
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        other.zero_grad()
+        checkpoint(other, batch().requires_grad_(), use_reentrant=False).sum().backward()
+        assert_close(other[1].coef.grad, expected, TOLERANCE[torch.float32])

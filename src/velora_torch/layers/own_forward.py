@@ -58,7 +58,7 @@ def multiplies_by_weight(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return False
-    x = torch.zeros(_TOKENS, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    x = weight.new_zeros(_TOKENS, weight.shape[1], requires_grad=False)  # fake beside a fake one
     uses = _FindUses(weight)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), uses:
