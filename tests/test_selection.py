@@ -140,7 +140,7 @@ def test_all_linear_skips_layers_without_an_entry() -> None:
 
 class Own(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 2
+        return nn.functional.linear(input, self.weight.abs(), self.bias)
 
 
 class Fused(nn.Module):
@@ -170,6 +170,10 @@ def frozen() -> nn.Module:
         (nn.Conv2d(1, 1, 1), "Conv2d is not a linear layer"),
         (nn.LSTM(8, 8), "LSTM is not a linear layer"),
         (nn.PReLU(), "PReLU is not a linear layer"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 3)),
+            "ParametrizedConv1d is not a linear layer",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

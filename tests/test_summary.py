@@ -113,6 +113,30 @@ def test_summary_moves_nothing() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
 
 
+class Elsewhere(nn.Module):
+    """Multiplies by the weight of a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_layers_that_others_compute_with_are_named_after_a_step() -> None:
+    model = compress(Elsewhere(), CONFIG)
+    line = "     1 x read: not called in training so far: where other code uses its weight"
+    assert line not in str(summary(model))
+    before = model.read.weight.detach().clone()
+    train(model, batches(1))
+    found = summary(model)
+    assert {name for name, layer in found.compressed.items() if layer.uncalled} == {"read"}
+    assert line in str(found)
+    assert not torch.equal(model.read.weight, before), "trains all the same"
+    assert line not in str(summary(restore(model)))
+
+
 def test_recomputed_modules_go_by_their_own_names() -> None:
     model = compress(llama(), CONFIG)
     recompute(model)

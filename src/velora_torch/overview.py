@@ -15,6 +15,7 @@ from velora_torch.selection import LATER, PLAIN, ChosenAdapter, Selector
 
 ROOT = "(root)"
 """The name of the model itself in tables."""
+UNCALLED = "not called in training so far: where other code uses its weight, its input is kept"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class LayerSummary:
     weights: int
     trainable: int
     pending: bool
+    uncalled: bool = False
+    """It trains, but its forward has not run in training: other code uses its weight, so that
+    only its gradient shrinks and its input is kept, or its turn has not come yet."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Summary:
             lines.append(
                 f"  {count:4} x {kind or ROOT}  {features} -> {outputs}  {groups} groups of {size}"
             )
+        uncalled = Counter(
+            name.rsplit(".", 1)[-1] for name, layer in self.compressed.items() if layer.uncalled
+        )
+        lines += [f"  {n:4} x {kind or ROOT}: {UNCALLED}" for kind, n in uncalled.items()]
         lines.append(f"{len(self.exact)} layers exact")
         reasons: dict[tuple[str, str], int] = Counter(
             (name.rsplit(".", 1)[-1], reason) for name, reason in self.exact.items()
@@ -104,4 +112,6 @@ def _describe(layer: CompressedLayer) -> LayerSummary:
         weights,
         weights if coef is None else coef.numel(),
         state.pending,
+        # A forward in training draws vectors; random ones need none.
+        uncalled=state.steps > 0 and not state.drawn,
     )

@@ -318,6 +318,6 @@ def _is_fused(module: nn.Module, parameters: list[nn.Parameter]) -> bool:
 
     A class token or position embedding of shape (1, N, D) is one matrix.
     """
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList)):
         return False
     return any(p.dim() > 2 and p.shape[0] > 1 for p in parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -95,12 +96,29 @@ def test_functional_use_alone_trains():
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_without_grad_the_weight_is_the_parameter():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_the_weight_is_a_parameter_in_the_same_memory(mode: Any):
     layer = drawn(KINDS[0].values[0])
-    with torch.no_grad():
-        assert layer.weight is layer.raw_weight
+    with mode():
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        assert weight.data_ptr() == layer.raw_weight.data_ptr()
+        weight.fill_(0.5)
+        assert (layer.raw_weight == 0.5).all()
     layer.coef.requires_grad_(False)
     assert layer.weight is layer.raw_weight
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_products_with_the_weight_have_the_bits_of_the_plain_layer(mode: Any):
+    """With a frozen matrix torch multiplies a batch matrix by matrix, in another order."""
+    plain = nn.Linear(64, 48)
+    layer = compress(copy.deepcopy(plain))
+    for seed in range(20):
+        x = torch.randn(2, 64, 9, generator=torch.Generator().manual_seed(seed))
+        with mode():
+            assert_bitwise(layer.weight @ x, plain.weight @ x)
+            assert_bitwise(x.mT @ layer.weight.T, x.mT @ plain.weight.T)
 
 
 def test_dense_weight_is_the_parameter():

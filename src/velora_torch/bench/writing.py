@@ -10,9 +10,12 @@ from velora_torch.report.quantities import format_seconds
 MISSING = "-"
 
 
-def markdown_grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first are numbers."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *body]
+def markdown_grid(
+    header: Sequence[str], body: Iterable[Sequence[str]], words: Sequence[str] = ()
+) -> str:
+    """A table in Markdown; the first column and those whose headers are in `words` are text."""
+    text = {header[0], *words}
+    lines = [list(header), ["---" if name in text else "---:" for name in header], *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

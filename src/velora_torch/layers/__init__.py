@@ -7,6 +7,7 @@ from torch import nn
 from velora_torch.layers.base import CompressedLayer
 from velora_torch.layers.conv1d import CompressedConv1D, is_conv1d
 from velora_torch.layers.linear import CompressedLinear, is_linear
+from velora_torch.layers.own_forward import CompressedOwnForward, multiplies_by_weight
 from velora_torch.layers.quantized import (
     CompressedQuantized,
     is_quantised,
@@ -30,7 +31,8 @@ def uncompressible(module: nn.Module) -> str | None:
         return f"{kind.__name__} is not a linear layer"
     if isinstance(module, Swapped):
         return f"{module.kind}: to compress it too, do so before recompute"
-    if not (is_linear(module) or is_conv1d(module) or is_scale_shift(module)):
+    usual = is_linear(module) or is_conv1d(module) or is_scale_shift(module)
+    if not usual and not (isinstance(module, nn.Linear) and multiplies_by_weight(module)):
         return f"{kind.__name__} brings a forward of its own"
     if "forward" in module.__dict__:
         return "its forward was replaced on this instance"
@@ -59,7 +61,9 @@ def layer_kind(module: nn.Module) -> type[CompressedLayer]:
         return CompressedQuantized
     if isinstance(module, ScaleShift):
         return CompressedScaleShift
-    return CompressedLinear if isinstance(module, nn.Linear) else CompressedConv1D
+    if not isinstance(module, nn.Linear):
+        return CompressedConv1D
+    return CompressedLinear if is_linear(module) else CompressedOwnForward
 
 
 def compressed_class(

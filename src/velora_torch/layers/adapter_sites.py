@@ -109,10 +109,10 @@ class FindProducts(TorchFunctionMode):
                 self._from_input[result] = True
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Product | None:
-        operands = _operands(func, args, kwargs)
-        if operands is None:
+        found = operands(func, args, kwargs)
+        if found is None:
             return None
-        kind, x, operand, bias = operands
+        kind, x, operand, bias = found
         if kind == "scale" and not _scales(x, operand):
             x, operand = operand, x
         if not _fits(kind, x, operand):
@@ -153,7 +153,7 @@ class FindProducts(TorchFunctionMode):
         return frozenset(leaves)
 
 
-def _operands(
+def operands(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Tensor, Tensor, Tensor | None] | None:
     """(kind, activation, operand, bias), as far as the call's form tells."""

@@ -126,10 +126,11 @@ class CompressedLayer(PlainOutside):
 
         Where autograd is on, an alias (a copy while coefficients are pending) that trains the
         coefficients, so that code that uses the weight outside the layer's forward is never
-        silently untrained. Elsewhere the weight itself, so that it can be changed in place.
+        silently untrained. Elsewhere the weight's own memory, so that it can be changed in place.
         """
         coef = self._parameters["coef"]
-        trains = coef is not None and torch.is_grad_enabled() and coef.requires_grad
+        trained = coef is not None and coef.requires_grad
+        trains = trained and torch.is_grad_enabled()
         if not (self._substituted() or torch.compiler.is_compiling()):
             self.settle()
             folds = self.velora.config.fold_every is not None
@@ -140,6 +141,9 @@ class CompressedLayer(PlainOutside):
         pending = self.velora.pending or self._substituted()
         weight = self.merged_weight() if pending else self.raw_weight
         if coef is None or not trains:
+            if trained and not torch.compiler.is_compiling():
+                # Matrix products of torch take another path, to other bits, with a frozen weight.
+                return nn.Parameter(weight.detach())
             return weight
         return ExposedWeight.apply(weight, coef, self, self.velora.config.scale, self.transposed)
 
@@ -158,6 +162,10 @@ class CompressedLayer(PlainOutside):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = x Wᵀ + b``, keeping z = x v (T x G) for the backward pass instead of x."""
+        return self.product(x, self._parameters["bias"])
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same, with any b."""
         x = plain(x)  # the result of an activation may be deferred
         state, coef, weight = self.velora, self._parameters["coef"], self.raw_weight
         substituted = self._substituted()
@@ -166,7 +174,6 @@ class CompressedLayer(PlainOutside):
             self._check_functional()
         if not (substituted or torch.compiler.is_compiling()):
             self.settle()
-        bias = self._parameters["bias"]
         trained = weight if coef is None else coef
         trains = torch.is_grad_enabled() and trained.requires_grad
         draws = trains and state.due and self.training and x.numel() > 0 and not functional
