@@ -1,23 +1,28 @@
 """What goes over the wire, and a check that the ranks agree."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 pytest.importorskip("transformers")
 
 import velora_torch as velora
 from tests.distributed.launch import on_ranks
 from tests.distributed.training import Setup, batches, build, distribute
-from tests.distributed.wire import Wire, hook
+from velora_torch.memory.wire import Wire
 from velora_torch.model import compressed_layers
 
 SIGNS = {"init": "rademacher", "vectors": "per_group", "num_groups": 3}
+
+
+def hook(counted: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook of DDP that counts the bytes it is given."""
+    counted.append(bucket.buffer().numel() * bucket.buffer().element_size())
+    return allreduce_hook(dist.group.WORLD, bucket)
 
 
 def numbers(strategy, config):

@@ -1,23 +1,28 @@
-"""The bytes that collective calls send while this is open."""
+"""What several processes send each other, counted where torch calls their group."""
+
+from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-REDUCING = ("allreduce_", "_reduce_scatter_base_", "reduce_scatter_")
+REDUCING = ("allreduce_", "_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor")
+GATHERING = ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_")
 
 
 class Wire(TorchDispatchMode):
-    """Bytes that enter calls of the process group, by the call's name; and their element counts."""
+    """Counts the bytes that this rank gives to collective calls while it is open.
+
+    Sees what goes through torch's dispatcher: FSDP2, tensor parallel, and collective calls by
+    hand. DDP's C++ reducer does not: count in one of its communication hooks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[str, int] = {}
+        """By the name of the call."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -33,11 +38,10 @@ class Wire(TorchDispatchMode):
 
     @property
     def reduced(self) -> int:
-        """Bytes of gradients."""
+        """Bytes of gradients that were summed over ranks."""
         return sum(self.bytes.get(name, 0) for name in REDUCING)
 
-
-def hook(counted: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A communication hook of DDP that counts the bytes it is given."""
-    counted.append(bucket.buffer().numel() * bucket.buffer().element_size())
-    return allreduce_hook(dist.group.WORLD, bucket)
+    @property
+    def gathered(self) -> int:
+        """Bytes of shards of parameters."""
+        return sum(self.bytes.get(name, 0) for name in GATHERING)
