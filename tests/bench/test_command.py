@@ -53,7 +53,6 @@ def test_a_whole_bench(tmp_path):
     assert "| Full + VeLoRA | Full | +0.00 ± 0.00 | 1.00× |" in said
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        ".lock",
         "rows.jsonl",
         "times.jsonl",
         "table.md",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
         results.run.status = "finished"
     keep(trainer)
     if record.signal is not None:
-        results.notes.append("interrupted by the user; resume with --resume")
+        name = signal.Signals(record.signal).name
+        results.notes.append(f"interrupted by {name}; resume with --resume")
     if processes.is_first():
         _write(results, folder, options.report)
     return results

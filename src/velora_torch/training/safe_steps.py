@@ -23,6 +23,7 @@ from velora_torch.training.out_of_memory import (
 from velora_torch.training.sections import TrainSection
 from velora_torch.training.step_start import StepStart
 
+MAX_SKIPPED = 10
 ADVICE = (
     "Lower train.learning_rate, or leave such steps out with train.on_nonfinite: skip, and go on "
     "with --resume"
@@ -203,8 +204,8 @@ class SafeSteps:
             self.model, lambda: [self._in_parts(model, *one) for one in step.batches]
         )
         self.record.tokens = tokens
-        where, limit = f"{seen}: {found}", self.policy.max_skipped
-        if self.policy.on_nonfinite == "stop" or len(self.skipped) >= limit:
+        where, limit = f"{seen}: {found}", self.policy.max_skipped or MAX_SKIPPED
+        if self.policy.on_nonfinite != "skip" or len(self.skipped) >= limit:
             spent = f"; {limit} steps were skipped already" if self.skipped else ""
             saved = self._save_before(step)
             raise NonFiniteError(

@@ -337,12 +337,12 @@ class TrainSection(Section):
     """Put examples of similar length into one batch: less padding."""
     longest_first: bool = False
     """Begin with the longest example: if a batch is too large for the memory, the first one is."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is NaN or infinite does: stop, or leave out the step."""
-    max_skipped: Positive = 10
-    """Steps that on_nonfinite: skip leaves out in a run; one more stops it."""
-    on_oom: Literal["stop", "shrink"] = "stop"
-    """What running out of memory does: stop, or take the step again, and all later ones, in
+    on_nonfinite: Literal["stop", "skip"] | None = None
+    """What a loss or gradient that is NaN or infinite does: stop (null), or leave out the step."""
+    max_skipped: Positive | None = None
+    """Steps that on_nonfinite: skip leaves out in a run; null: 10. One more stops it."""
+    on_oom: Literal["stop", "shrink"] | None = None
+    """What running out of memory does: stop (null), or take the step again, and all later ones, in
     smaller micro-batches that add up to the same."""
 
     @field_validator("tokens")

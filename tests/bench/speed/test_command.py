@@ -65,7 +65,6 @@ def test_a_whole_bench(tmp_path):
     rows = read_rows(tmp_path / "rows.jsonl")
     assert len(rows) == sum(len(variants_of(case)) for case in tiny.CASES[:4])
     assert {path.name for path in tmp_path.iterdir()} == {
-        ".lock",
         "rows.jsonl",
         "table.md",
         "speed.png",
