@@ -176,7 +176,7 @@ def label_of(value: Any, places: dict[str, int] | None, where: str) -> Label:
         if is_number and abs(value) <= LARGEST:  # neither NaN nor infinite
             return float(value)
         raise DataError(
-            f"{where}: the label of a regression must be a finite number, not {str(value)[:60]!r}"
+            f"{where}: the label of a regression must be a number, not {str(value)[:60]!r}"
         )
     if str(value) not in places:
         known = ", ".join(list(places)[:12])
