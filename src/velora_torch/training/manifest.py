@@ -47,7 +47,7 @@ def damage(folder: Path) -> str | None:
         expected = {name: (int(one["bytes"]), one["sha256"]) for name, one in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: its writing was cut off, or an older version wrote it"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} is damaged ({error!r})"
     for name, (size, _) in expected.items():
         path = folder / name

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from velora_torch.atomic import write_whole
+from velora_torch.choosing import check_ranks
 from velora_torch.training.manifest import write_manifest
 from velora_torch.training.staging import STAGING, clear, explained, place, rotate, step_of
 
@@ -46,6 +47,7 @@ class WholeCheckpoints:
         return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_ranks(self.model)
         output, writes = Path(self.args.output_dir), self.args.should_save
         name = f"checkpoint-{self.state.global_step}"
         with explained(output, f"the checkpoint of step {self.state.global_step}"):
