@@ -24,6 +24,7 @@ class WholeCheckpoints:
     """
 
     args: Any
+    model: Any
     state: Any
     control: Any
     accelerator: Any
