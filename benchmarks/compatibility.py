@@ -19,6 +19,7 @@ import timm
 import torch
 import transformers
 
+from marked import replaced
 from velora_torch.atomic import write_whole
 from velora_torch.bench.writing import markdown_grid
 from velora_torch.report.quantities import format_bytes, format_ratio
@@ -170,11 +171,7 @@ def with_table(readme: str, rows: list[Row]) -> str:
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _former, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in after:
-        raise ValueError(f"the README needs {BEGIN} and {END}, once each and in this order")
-    return f"{before}{begin}\n\n{short_table(rows)}\n\n{end}{after}"
+    return replaced(readme, BEGIN, short_table(rows), END)
 
 
 def main() -> None:

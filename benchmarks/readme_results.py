@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from marked import replaced
 from velora_torch.atomic import write_whole
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.collect import collect
@@ -106,11 +107,7 @@ def with_results(readme: str) -> str:
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _former, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in after:
-        raise ValueError(f"the README needs {BEGIN} and {END}, once each and in this order")
-    return f"{before}{begin}\n\n{results()}\n\n{end}{after}"
+    return replaced(readme, BEGIN, results(), END)
 
 
 def main() -> None:
