@@ -2,8 +2,8 @@
 
     python benchmarks/half_products.py
 
-Square matrices, forward and both gradients of a product, in turn; one row for each way in
-benchmarks/results/half_products.jsonl.
+Square matrices, forward and both gradients of a product, in turn; one row for each width and way
+in benchmarks/results/half_products.jsonl.
 """
 
 from __future__ import annotations
@@ -22,36 +22,40 @@ from velora_torch.bench.surroundings import surroundings
 from velora_torch.half_products import float32_products
 
 ROWS = Path(__file__).parent / "results" / "half_products.jsonl"
-WIDTH, ROUNDS = 512, 5
+WIDTHS, ROUNDS = (512, 1024), 3
 
 
-def step(dtype: torch.dtype, types: tuple[torch.dtype, ...]) -> None:
-    a, b = (torch.ones(WIDTH, WIDTH, dtype=dtype, requires_grad=True) for _ in range(2))
+def step(width: int, dtype: torch.dtype, types: tuple[torch.dtype, ...]) -> None:
+    a, b = (torch.ones(width, width, dtype=dtype, requires_grad=True) for _ in range(2))
     with float32_products(types):
-        (a @ b).sum().backward()
+        (a @ b).backward(torch.ones(width, width, dtype=dtype))
+
+
+def measure(width: int) -> list[dict[str, object]]:
+    ways = {
+        "float32": partial(step, width, torch.float32, ()),
+        "bfloat16": partial(step, width, torch.bfloat16, ()),
+        "bfloat16 through float32": partial(step, width, torch.bfloat16, (torch.bfloat16,)),
+    }
+    taken = interleave(list(ways.values()), ROUNDS)
+    return [
+        {
+            "way": way,
+            "width": width,
+            "seconds": seconds,
+            "gflops": 6 * width**3 / statistics.median(seconds) / 1e9,
+        }
+        for way, seconds in zip(ways, taken, strict=True)
+    ]
 
 
 def main() -> None:
-    ways = {
-        "float32": partial(step, torch.float32, ()),
-        "bfloat16": partial(step, torch.bfloat16, ()),
-        "bfloat16 through float32": partial(step, torch.bfloat16, (torch.bfloat16,)),
-    }
-    around = surroundings()
-    taken = interleave(list(ways.values()), ROUNDS)
+    around = {"command": shlex.join(["python", *sys.argv]), **surroundings()}
     with ROWS.open("a", encoding="utf-8") as rows:
-        for way, seconds in zip(ways, taken, strict=True):
-            median = statistics.median(seconds)
-            row = {
-                "way": way,
-                "width": WIDTH,
-                "seconds": seconds,
-                "gflops": 6 * WIDTH**3 / median / 1e9,
-                "command": shlex.join(["python", *sys.argv]),
-                **around,
-            }
-            rows.write(json.dumps(row) + "\n")
-            print(f"{way:26} {row['gflops']:8.1f} GFLOP/s")
+        for width in WIDTHS:
+            for row in measure(width):
+                rows.write(json.dumps(row | around) + "\n")
+                print(f"{width:5} {row['way']:26} {row['gflops']:8.1f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Matrix products of half-precision numbers on CPUs that have no instructions for them.
 
 PyTorch multiplies bfloat16 matrices with oneDNN where the CPU has AVX-512 or AMX, and with a loop
-of its own where it has not (most laptops), at about a hundredth of the speed of float32. Here the
-operands are converted to float32, multiplied, and the result is rounded: what the instructions
+of its own where it has not (most laptops), at a thirtieth of the speed of float32 and less. Here
+the operands are converted to float32, multiplied, and the result is rounded: what the instructions
 compute, up to the order of additions. Weights, activations and gradients stay as small as they are;
 a product takes the room of its float32 operands while it runs.
 """

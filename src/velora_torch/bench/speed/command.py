@@ -108,7 +108,7 @@ def _warn_of_slow_types(tasks: Sequence[Task], say: Say) -> None:
     cases = ",".join(task.case.name for task in tasks if task.case.dtype in slow)
     if cases:
         say(
-            "this CPU has no bfloat16 instructions: PyTorch multiplies bfloat16 about a hundred "
+            "this CPU has no bfloat16 instructions: PyTorch multiplies bfloat16 dozens of "
             f"times slower than float32, and is timed as it is. Such cases: {cases}"
         )
 
