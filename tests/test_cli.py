@@ -44,6 +44,8 @@ PROMISED = {
         "--dtype",
         "--device",
         "--optimizer",
+        "--gpus",
+        "--strategy",
         "--top",
         "--json",
         "--trust-remote-code",
@@ -190,6 +192,14 @@ def test_a_plan_that_fits_nothing(monkeypatch, capsys, folder):
     assert output == "[]\n"
 
 
+def test_a_plan_of_several_gpus_is_of_one_rank(monkeypatch, capsys, folder):
+    more = ("--budget", "1GiB", "--gpus", "2", "--strategy", "fsdp2")
+    code, output, _ = plan(monkeypatch, capsys, folder, *more)
+    assert code == 0
+    assert "2 GPUs with fsdp2, batch 2 per rank, 16 tokens, within 1.00 GiB each" in output
+    assert "All numbers are of one of 2 ranks" in output
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -197,8 +207,10 @@ def test_a_plan_that_fits_nothing(monkeypatch, capsys, folder):
         (("--budget", "1KiB"), "below the weights alone"),
         (("--budget", "1GiB", "--method", "lroa"), "did you mean 'lora'"),
         (("--budget", "1GiB", "--seq", "33"), "between 1 and 32"),
+        (("--budget", "1GiB", "--gpus", "0"), "gpus must be a number of at least 1"),
+        (("--budget", "1GiB", "--strategy", "fsdp2"), "give a larger number (--gpus 2)"),
     ],
-    ids=["budget", "weights", "method", "length"],
+    ids=["budget", "weights", "method", "length", "gpus", "strategy"],
 )
 def test_mistakes_in_plans(monkeypatch, capsys, folder, more, message):
     code, output, errors = plan(monkeypatch, capsys, folder, *more)

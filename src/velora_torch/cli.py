@@ -179,9 +179,11 @@ def plan(
     model: Annotated[
         str, typer.Option(help="A hub id, a folder, a config.json, or a preset such as llama-7b.")
     ],
-    budget: Annotated[str, typer.Option(help="Memory there is, such as 24GiB.")],
+    budget: Annotated[str, typer.Option(help="Memory of a GPU, such as 24GiB.")],
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "full",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences or images of a batch.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Sequences or images of a batch, per rank.")
+    ] = 1,
     seq: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
     ] = None,
@@ -193,6 +195,12 @@ def plan(
     ] = False,
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    gpus: Annotated[
+        int, typer.Option(help="Ranks, one on each GPU; batch and budget are those of one rank.")
+    ] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="Of several: ddp, a whole model on each GPU; or fsdp2, a shard.")
+    ] = "ddp",
     optimizer: Annotated[
         list[str] | None,
         typer.Option(help="An optimizer to try, the preferred one first; may be repeated."),
@@ -217,6 +225,8 @@ def plan(
         max_batch=max_batch,
         max_seq=max_seq,
         top=top,
+        gpus=gpus,
+        strategy=strategy,
     )
     if as_json:
         import json

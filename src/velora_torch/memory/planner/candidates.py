@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from velora_torch.config import VeloraConfig
+from velora_torch.memory.planner.ranks import Ranks
 from velora_torch.memory.simulator.presets import PRESETS
 from velora_torch.memory.simulator.setup import Setup
 from velora_torch.memory.simulator.simulate import Coarseness, Simulation
@@ -36,6 +37,8 @@ class Candidate:
     """The largest batch or sequence that fits, where it was searched."""
     source: str | None = None
     """The model as a recipe names it, if it can."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Processes that train together; all bytes are those of one, and the batch is its own."""
 
     @property
     def setup(self) -> Setup:
@@ -123,6 +126,9 @@ class Candidate:
                 "share_of_weights": self.coarseness.share,
                 "times_smaller": self.coarseness.factor,
             },
+            "gpus": self.ranks.count,
+            "strategy": self.ranks.strategy,
+            "exchange_bytes": self.simulation.exchanged,
             "estimated": list(self.simulation.estimated),
             "recipe": self.recipe_lines,
         }

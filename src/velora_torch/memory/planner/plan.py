@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from velora_torch.memory.planner import table as plan_table
 from velora_torch.memory.planner.budget import gib, parse_budget
 from velora_torch.memory.planner.candidates import Candidate, source_of
 from velora_torch.memory.planner.largest import TOKENS, Axis, ranked, verified
-from velora_torch.memory.planner.predictor import Predictor, Size
+from velora_torch.memory.planner.predictor import SAMPLE, Predictor, Size
+from velora_torch.memory.planner.ranks import Layout, Ranks
 from velora_torch.memory.planner.search import Search
 from velora_torch.memory.planner.space import SAVINGS, Holdings, make_space
 from velora_torch.memory.simulator.architecture import Architecture, resolve
@@ -24,8 +25,6 @@ from velora_torch.memory.simulator.simulate import Model, Simulation
 from velora_torch.recomputation import checkpointable
 
 TOP = 5
-SAMPLE = 3
-"""Blocks that show which layers a deep model has."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Plan:
     """``batch`` or ``seq``, where the largest was searched."""
     simulations: int = 0
     """How many simulations it took."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Processes that train together. All bytes are those of one of them, and the batch is its."""
 
     @property
     def missing_bytes(self) -> int:
@@ -60,6 +61,8 @@ class Plan:
         return {
             "model": self.model,
             "method": self.method,
+            "gpus": self.ranks.count,
+            "strategy": self.ranks.strategy,
             "batch": self.batch,
             "seq": self.seq,
             "budget_bytes": self.budget_bytes,
@@ -89,6 +92,8 @@ def plan(
     max_seq: bool = False,
     top: int | None = TOP,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    gpus: int = 1,
+    strategy: str = "ddp",
     **fixed: Any,
 ) -> Plan:
     """Find the ways to train a model that fit into a budget, by simulation: nothing is trained.
@@ -101,9 +106,10 @@ def plan(
         model: a preset's name, a hub id, a folder with ``config.json``, a configuration, or a
             built model, as for ``simulate``.
         method: ``full``, ``lora`` or ``qlora``.
-        batch: sequences or images of a micro-batch; for a built model also a batch itself.
+        batch: sequences or images of a micro-batch (of each rank, where there are several); for
+            a built model also a batch itself.
         seq: tokens of a sequence; by default the model's own length, at most 1024.
-        budget: such as ``"24GiB"``, ``"24 GB"``, or a number of bytes.
+        budget: such as ``"24GiB"``, ``"24 GB"``, or a number of bytes; of each GPU.
         dtype: type of a configuration's weights.
         device: ``cuda`` or ``cpu``.
         optimizers: names of simulated optimizers, the preferred one first; by default fused
@@ -112,6 +118,8 @@ def plan(
         max_seq: search the longest sequence (a multiple of 8) instead of taking ``seq``.
         top: how many candidates at most; ``None`` for all.
         loss: of a built model and a batch, as for ``simulate``.
+        gpus: ranks that train together, one on each GPU; what one of them holds is predicted.
+        strategy: ``ddp``, a whole model in each; or ``fsdp2``, a shard of it.
         **fixed: fields of ``Setup`` that are given: ``velora``, ``checkpoint_every``,
             ``recompute``, ``chunked_loss`` and ``optimizer`` are not searched then.
 
@@ -119,27 +127,37 @@ def plan(
         ValueError: the budget cannot be read or is below the weights alone, or the model or a
             setting is wrong.
     """
+    ranks = Ranks(gpus, strategy)
     limit = parse_budget(budget)
     _check(batch, max_batch, max_seq, device, top, fixed)
     base = Setup(method=method, **{k: v for k, v in fixed.items() if k not in SAVINGS})  # type: ignore[arg-type]
+    ranks.check(method, [*(optimizers or ()), fixed.get("optimizer", "")])
     architecture = resolve(model)
     size = _size(architecture, batch, seq, max_batch, max_seq)
     whole = _prepared(architecture, base, dtype, None)
     holdings = Holdings.of(whole)
-    if holdings.weights > limit:
+    weights = holdings.weights
+    if ranks.shards:
+        layout = Layout.of(whole)
+        weights += layout.weights(gpus) - layout.weights()
+    if weights > limit:
+        instead = {"qlora": "a smaller model"}.get(method, "a smaller model or method qlora")
+        if ranks.shards:
+            instead = "a smaller model or more GPUs"
         raise ValueError(
             f"the budget of {gib(limit)} is below the weights alone: {architecture.name} "
-            f"({method}) holds {gib(holdings.weights)} of weights. Give a larger budget, or choose "
-            f"{'a smaller model' if method == 'qlora' else 'a smaller model or method qlora'}"
+            f"({method}) holds {gib(weights)} of weights{' on each rank' * ranks.shards}. "
+            f"Give a larger budget, or choose {instead}"
         )
     sample = whole
     if architecture.depth is not None and architecture.depth > SAMPLE:
         sample = _prepared(architecture, base, dtype, SAMPLE)
     blocks = max((len(blocks) for _, blocks in checkpointable(whole)), default=0)
     space = make_space(sample, blocks, base, optimizers, fixed)
-    predictor = Predictor(architecture, dtype, device, loss)
+    predictor = Predictor(architecture, dtype, device, loss, ranks)
     search = Search(space, predictor, whole, holdings, size, limit)
-    make = _Maker(search, str(dtype_named(dtype)).removeprefix("torch."), source_of(model))
+    name = str(dtype_named(dtype)).removeprefix("torch.")
+    make = _Maker(search, name, source_of(model), ranks)
     make.plain(size)
     if max_batch or max_seq:
         found = _largest(search, make, _axis(architecture, size, max_batch), top)
@@ -153,12 +171,13 @@ def plan(
         batch=size.batch if isinstance(size.batch, int) and not max_batch else None,
         seq=None if max_seq else size.seq,
         budget_bytes=limit,
-        weights_bytes=holdings.weights,
+        weights_bytes=weights,
         candidates=found,
         smallest=None if smallest is None else make.candidate(smallest),
         skipped=search.skipped,
         searched="batch" if max_batch else "seq" if max_seq else None,
         simulations=predictor.simulations,
+        ranks=ranks,
     )
 
 
@@ -169,6 +188,7 @@ class _Maker:
     search: Search
     dtype: str
     source: str | None
+    ranks: Ranks
 
     def plain(self, size: Size) -> int:
         """FLOPs of the method's plain step; what cannot be simulated at all fails here."""
@@ -186,6 +206,7 @@ class _Maker:
             dtype=self.dtype,
             largest=largest,
             source=self.source,
+            ranks=self.ranks,
         )
 
 

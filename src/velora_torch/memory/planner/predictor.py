@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.memory.fake import FakeWorld
+from velora_torch.memory.planner.ranks import (
+    OPTIMIZER,
+    Layout,
+    Ranks,
+    replicated,
+    sharded,
+    sharded_step,
+)
 from velora_torch.memory.simulator.architecture import Architecture
-from velora_torch.memory.simulator.setup import Setup
+from velora_torch.memory.simulator.setup import Setup, dtype_named
 from velora_torch.memory.simulator.simulate import Simulation, simulate
 
-OPTIMIZER = "optimizer"
-"""The segment of the optimizer's step."""
 BLOCK = 512
+SAMPLE = 3
+"""Blocks that show which layers a deep model has."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,15 @@ class Predictor:
     dtype: str | torch.dtype
     device: str
     loss: Callable[[nn.Module, Any], Tensor] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    """Processes that train together; what one of them holds is predicted."""
     simulations: int = 0
     """How many were made."""
     _passes: dict[str, Simulation] = field(default_factory=dict, repr=False)
     _steps: dict[str, Simulation] = field(default_factory=dict, repr=False)
     _batches: dict[Size, int] = field(default_factory=dict, repr=False)
+    _layouts: dict[str, Layout] = field(default_factory=dict, repr=False)
+    _turned: dict[str, Simulation] = field(default_factory=dict, repr=False)
 
     def predict(self, setup: Setup, size: Size) -> Simulation:
         """What :func:`simulate` gives for a setup."""
@@ -55,10 +67,10 @@ class Predictor:
         segments = {name: total + state for name, total in passes.segments.items()}
         segments |= {n: total for n, total in step.segments.items() if n == OPTIMIZER}
         top, at = passes.peak_bytes + state, passes.peak_at
-        parts = passes.peak | {"optimizer_state": state}
+        parts, exchanged = passes.peak | {"optimizer_state": state}, passes.exchanged
         if segments.get(OPTIMIZER, 0) > top:
             top, at = segments[OPTIMIZER], OPTIMIZER
-            parts = self._parts(step, size)
+            parts, exchanged = self._parts(step, size), step.exchanged
         return replace(
             passes,
             setup=setup,
@@ -67,6 +79,7 @@ class Predictor:
             peak_at=at,
             optimizer_state=state,
             segments=segments,
+            exchanged=exchanged,
         )
 
     def passes(self, setup: Setup, size: Size) -> Simulation:
@@ -81,7 +94,7 @@ class Predictor:
             self._passes[key] = self._simulate(
                 setup, size, update=folded, steps=steps, loss=self.loss
             )
-        return self._passes[key]
+        return self._passes_of_rank(key, setup)
 
     def step(self, setup: Setup, size: Size) -> Simulation:
         """The optimizer's steps of a setup, after a backward pass that is none.
@@ -92,7 +105,57 @@ class Predictor:
         key = repr(plain)
         if key not in self._steps:
             self._steps[key] = self._simulate(plain, size, steps=2, loss=_sum_of_weights)
-        return self._at(self._steps[key], size)
+        return self._at(self._step_of_rank(key), size)
+
+    def layout(self, setup: Setup) -> Layout:
+        """How the whole model is sharded, prepared as a setup says."""
+        plain = replace(
+            setup, checkpoint_every=None, recompute=False, chunked_loss=False, optimizer="sgd"
+        )
+        key = repr(plain)
+        if key not in self._layouts:
+            depth = self.architecture.depth
+            sampled = depth is not None and depth > SAMPLE and setup.extrapolates
+            world = FakeWorld()
+            built = self.architecture.build(
+                world, dtype_named(self.dtype), SAMPLE if sampled else None
+            )
+            model, _ = plain.apply(built, world)
+            self._layouts[key] = Layout.of(model, depth if sampled else None)
+        return self._layouts[key]
+
+    def _passes_of_rank(self, key: str, setup: Setup) -> Simulation:
+        alone = self._passes[key]
+        if not self.ranks.several:
+            return alone
+        key = f"passes {key}"
+        if key not in self._turned:
+            self._turned[key] = (
+                sharded(alone, self.layout(setup), self.ranks.count)
+                if self.ranks.shards
+                else replicated(alone)
+            )
+        return self._turned[key]
+
+    def _step_of_rank(self, key: str) -> Simulation:
+        alone = self._steps[key]
+        if not self.ranks.several:
+            return alone
+        key = f"step {key}"
+        if key not in self._turned:
+            size = Size(alone.batch, alone.seq)
+            self._turned[key] = (
+                sharded_step(
+                    alone,
+                    self.layout(alone.setup),
+                    self.ranks.count,
+                    self.device,
+                    self._batch_bytes(size),
+                )
+                if self.ranks.shards
+                else replicated(alone)
+            )
+        return self._turned[key]
 
     def _at(self, step: Simulation, size: Size) -> Simulation:
         """The same step with another batch, whose bytes are all that it sees of it."""

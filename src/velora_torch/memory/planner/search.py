@@ -51,7 +51,8 @@ class Search:
 
     def __post_init__(self) -> None:
         self._held = [
-            (velora, self.holdings.with_velora(self.model, velora)) for velora in self.space.velora
+            (velora, self.holdings.with_velora(self.model, velora).of_rank(self.predictor.ranks))
+            for velora in self.space.velora
         ]
         self._enough: dict[tuple[int, str], int] = {}
 

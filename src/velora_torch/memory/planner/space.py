@@ -11,6 +11,7 @@ from torch import nn
 
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import linear_shape
+from velora_torch.memory.planner.ranks import Ranks
 from velora_torch.memory.simulator.setup import Setup
 from velora_torch.recomputation import recompute, recomputed, undo_recompute
 from velora_torch.selection import select
@@ -216,6 +217,12 @@ class Holdings:
                 trained += kept * size - weight.nbytes
                 numbers += kept - weight.numel()
         return Holdings(weights, trained, numbers)
+
+    def of_rank(self, ranks: Ranks) -> Holdings:
+        """At least so much of it on each of several ranks."""
+        if not ranks.shards:
+            return self
+        return Holdings(*(n // ranks.count for n in (self.weights, self.trained, self.numbers)))
 
     def states(self, optimizer: str) -> int:
         """At least so many bytes of optimizer states."""

@@ -28,13 +28,16 @@ WORDS = 2
 def asked(plan: Plan) -> str:
     """One line: the model, the step, and the budget."""
     parts = [f"{plan.model}, {plan.method}"]
+    several = plan.ranks.several
+    if several:
+        parts.append(f"{plan.ranks.count} GPUs with {plan.ranks.strategy}")
     if plan.batch is not None:
-        parts.append(f"batch {plan.batch}")
+        parts.append(f"batch {plan.batch}{' per rank' * several}")
     if plan.seq is not None:
         parts.append(f"{plan.seq} tokens")
     if plan.searched is not None:
         parts.append("the largest batch" if plan.searched == "batch" else "the longest sequence")
-    return f"{', '.join(parts)}, within {gib(plan.budget_bytes)}"
+    return f"{', '.join(parts)}, within {gib(plan.budget_bytes)}{' each' * several}"
 
 
 def header(plan: Plan) -> list[str]:
@@ -65,7 +68,14 @@ def _row(candidate: Candidate, unit: int) -> list[str]:
 
 def note(plan: Plan) -> str:
     """What the columns mean."""
-    return (
+    of_ranks = ""
+    if plan.ranks.several:
+        what = "gathered weights and" if plan.ranks.shards else "buckets of"
+        of_ranks = (
+            f"All numbers are of one of {plan.ranks.count} ranks; temporary counts what it holds "
+            f"for the others too: {what} gradients on their way.\n"
+        )
+    return of_ranks + (
         f"{unit(plan)[0]} at the largest moment of a step; cost: FLOPs of a step, 1.00 = plain.\n"
         f"Predicted, without what the device's allocator and libraries keep for themselves."
     )

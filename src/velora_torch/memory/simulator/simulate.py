@@ -215,6 +215,7 @@ class _Case:
             flops=trace.flops,
             coarseness=coarse,
             segments=trace.segments(),
+            moments=trace.moments(),
             simulated_depths=depths,
             estimated=_estimated(self.setup),
         )

@@ -60,6 +60,10 @@ class Simulation:
     coarseness: Coarseness
     segments: dict[str, int] = field(repr=False, default_factory=dict)
     """The largest moment of each segment."""
+    moments: dict[str, ByCategory] = field(repr=False, default_factory=dict)
+    """The same by category."""
+    exchanged: int = 0
+    """Of the peak: what a rank of several holds to exchange gradients or weights."""
     simulated_depths: tuple[int, ...] = ()
     """Depths that were simulated; empty: the whole model."""
     estimated: tuple[str, ...] = ()

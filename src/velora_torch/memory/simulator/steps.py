@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from velora_torch.blocks import BlockList
 from velora_torch.memory.simulator.four_bit import is_bitsandbytes
-from velora_torch.memory.simulator.tracker import AFTER_UPDATE, Flops, Peak, Tracker
+from velora_torch.memory.simulator.tracker import AFTER_UPDATE, ByCategory, Flops, Peak, Tracker
 
 Loss = Callable[[], Tensor]
 
@@ -40,10 +40,18 @@ class Trace:
 
     def segments(self) -> dict[str, int]:
         """Largest bytes of each segment, with the optimizer's step as one."""
-        largest: dict[str, int] = {}
+        return {name: peak.total for name, peak in self._largest().items()}
+
+    def moments(self) -> dict[str, ByCategory]:
+        """The same by category."""
+        return {name: peak.by_category() for name, peak in self._largest().items()}
+
+    def _largest(self) -> dict[str, Peak]:
+        largest: dict[str, Peak] = {}
         for name, peak in self.peaks.items():
             name = "optimizer" if name.startswith("optimizer") else name
-            largest[name] = max(largest.get(name, 0), peak.total)
+            if name not in largest or peak.total > largest[name].total:
+                largest[name] = peak
         return largest
 
 
