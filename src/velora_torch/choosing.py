@@ -12,6 +12,7 @@ from torch import nn
 from velora_torch import ranks
 from velora_torch.layers import CompressedLayer
 from velora_torch.layers.adapter import CompressedAdapter
+from velora_torch.sharding import local
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Part = CompressedLayer | CompressedAdapter
@@ -51,7 +52,7 @@ def check_ranks(model: nn.Module) -> None:
     hashes = {}
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer):
-            hashes[name] = ranks.fingerprint(module.velora_vectors, module.velora.counters())
+            hashes[name] = ranks.fingerprint(local(module.velora_vectors), module.velora.counters())
         elif isinstance(module, CompressedAdapter):
             sites = sorted(module.velora_adapter.sites.items())
             hashes |= {f"{name}/{key}": ranks.fingerprint(s.vectors, s.draws) for key, s in sites}

@@ -25,6 +25,7 @@ from velora_torch.layers.state import TENSORS
 from velora_torch.memory.freed import arm, disarm, foresee
 from velora_torch.recomputation import undo_recompute
 from velora_torch.selection import Chosen, ChosenAdapter, has_adapters, select
+from velora_torch.sharding import is_sharded
 from velora_torch.stepping import retire, watch
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -209,7 +210,13 @@ class _Plain:
 
 
 def _check_free(layer: Chosen) -> None:
-    """Refuse a layer that uses one of our names for something of its own."""
+    """Refuse a layer that is split already, or uses one of our names for something of its own."""
+    if is_sharded(layer.module._parameters["weight"]):
+        raise ValueError(
+            f"the weight of layer {layer.name!r} is a DTensor: the model has been sharded already, "
+            f"and coefficients would not be. Call velora_torch.compress before fully_shard or "
+            f"parallelize_module"
+        )
     for name in ("coef", "velora", *(f"velora_{tensor}" for tensor in TENSORS)):
         if hasattr(layer.module, name):
             raise ValueError(

@@ -20,6 +20,13 @@ from velora_torch import ranks
 from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.protocol import PROCESS, PlainOutside
 from velora_torch.layers.state import TENSORS, LayerState
+from velora_torch.layers.tensor_parallel import (
+    all_features,
+    is_partitioning,
+    localise,
+    parts_of,
+    shards,
+)
 from velora_torch.recomputation.deferred import plain
 from velora_torch.sharding import Block, as_sharded, block_of, is_sharded, like, local, rows_of
 from velora_torch.subtoken import vectors as choose
@@ -50,8 +57,8 @@ class CompressedLayer(PlainOutside):
     velora_running: Tensor | None
     velora_turn: Tensor | None
     velora_sign_turn: Tensor | None
-    _shard: tuple[int, int]
-    """Identity and version of sharded coefficients, when they were last known."""
+    _shard: tuple[int, int, int]
+    """Identity, version and dimensions of sharded coefficients, when they were last known."""
 
     # ------------------------------------------------------------------ making and unmaking
 
@@ -138,6 +145,9 @@ class CompressedLayer(PlainOutside):
                 self.fold_all()
         if is_sharded(self.raw_weight):  # whoever moves and gathers shards wants them as they are
             return self.raw_weight
+        if trains and not torch.compiler.is_compiling() and is_partitioning():
+            self.fold_all()
+            return self.raw_weight
         pending = self.velora.pending or self._substituted()
         weight = self.merged_weight() if pending else self.raw_weight
         if coef is None or not trains:
@@ -168,6 +178,7 @@ class CompressedLayer(PlainOutside):
         """The same, with any b."""
         x = plain(x)  # the result of an activation may be deferred
         state, coef, weight = self.velora, self._parameters["coef"], self.raw_weight
+        tokens, parts = x, parts_of(self, x, bias)
         substituted = self._substituted()
         functional = substituted or _in_transform()
         if functional:
@@ -180,8 +191,30 @@ class CompressedLayer(PlainOutside):
         # DoRA calls lora_A on the identity too, for the norm of the weight: those are no tokens.
         no_tokens = draws and is_identity(x)
         if draws and not no_tokens:
-            self.choose(x)
-        e = self.direction_GM if state.pending or substituted else None
+            self.choose(all_features(tokens))
+        v, e = self.velora_vectors, self.direction_GM if state.pending or substituted else None
+        if parts is None:
+            return self._product(x, weight, bias, coef, v, e, no_tokens)
+        e = None if e is None else e[parts.groups]
+        y = self._product(
+            parts.x, parts.weight, parts.bias, parts.coef, v[parts.groups], e, no_tokens
+        )
+        return parts.joined(y)
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        coef: Tensor | None,
+        v: Tensor,
+        e: Tensor | None,
+        no_tokens: bool,
+    ) -> Tensor:
+        """The product with the tensors that this process has."""
+        state = self.velora
+        trained = weight if coef is None else coef
+        trains = torch.is_grad_enabled() and trained.requires_grad
         if not trains:
             y = apply_linear(x, weight, bias, self.transposed)
             if e is None or coef is None:
@@ -190,10 +223,10 @@ class CompressedLayer(PlainOutside):
             return y + pending.view(y.shape).to(y.dtype)
         z = None
         if state.drawn or no_tokens or x.numel() == 0:  # checkpointing must save the same again
-            z = project(x.detach(), self.velora_vectors, self.shared).to(_compute_dtype(x))
-        v = self.velora_vectors if coef is None else None
+            z = project(x.detach(), v, self.shared).to(_compute_dtype(x))
+        dense = v if coef is None else None
         return factored_linear(
-            x, weight, bias, coef, z, v, e, state.config.scale, self.transposed, state.name
+            x, weight, bias, coef, z, dense, e, state.config.scale, self.transposed, state.name
         )
 
     # ------------------------------------------------------------------ vectors
@@ -217,6 +250,7 @@ class CompressedLayer(PlainOutside):
         applied to the optimizer's first moments before its next step.
         """
         state, config = self.velora, self.velora.config
+        localise(self)
         if state.pending:
             self.collect()
         if state.pending and self._is_gathered():
@@ -323,8 +357,14 @@ class CompressedLayer(PlainOutside):
     def _note_seen(self) -> None:
         coef = self._parameters["coef"]
         self._own, self._seen = id(coef), self._version_now()
-        if is_sharded(coef):
-            self._shard = (self._own, self._seen)
+        if is_sharded(coef) and not self._is_gathered():
+            self._shard = (self._own, self._seen, shards(coef))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module; tensor parallel puts its parts in the place of whole ones."""
+        super().register_parameter(name, param)
+        if name == "coef" and "_own" in self.__dict__:
+            self.adopt_coef()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module; FSDP puts whole parameters in the place of sharded ones, and back.
@@ -339,7 +379,7 @@ class CompressedLayer(PlainOutside):
         moves = name == "coef" and (is_sharded(value) or is_sharded(former))
         if moves and "_own" in self.__dict__:
             changed = id(former) == self._own and former._version != self._seen
-            if is_sharded(value) and self.__dict__.get("_shard", (0, 0))[0] == id(value):
+            if is_sharded(value) and self.__dict__.get("_shard", (0,))[0] == id(value):
                 changed = changed or value._version != self._shard[1]
             self.velora.pending = self.velora.pending or changed
         self._parameters[name] = value
@@ -349,7 +389,8 @@ class CompressedLayer(PlainOutside):
 
     def _is_gathered(self) -> bool:
         """Whether FSDP has put whole parameters in the place of sharded ones for now."""
-        return "_shard" in self.__dict__ and not is_sharded(self._parameters["coef"])
+        home = self.__dict__.get("_shard")
+        return home is not None and shards(self._parameters["coef"]) < home[2]
 
     def _gradient_was_used(self) -> bool:
         """Whether a gradient that autograd left in ``coef`` is gone or changed since.
@@ -388,6 +429,7 @@ class CompressedLayer(PlainOutside):
         watched step, or when the weight is read, saved or restored. Not at once, since who
         perturbs parameters for one forward (SAM) takes the change back.
         """
+        localise(self)
         weight = self.raw_weight
         trains = self._parameters["coef"] is not None and weight.requires_grad
         if trains and isinstance(weight, nn.Parameter):

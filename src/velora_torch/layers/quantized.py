@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from velora_torch.config import VeloraConfig
 from velora_torch.integrations import bitsandbytes, torchao
 from velora_torch.layers.base import CompressedLayer, _compute_dtype, _in_transform
+from velora_torch.layers.tensor_parallel import refuse_if_split
 from velora_torch.recomputation.deferred import plain
 from velora_torch.subtoken.factored import _NoDoubleBackward, expand, project
 from velora_torch.swap import Swapped, plain_class, swap
@@ -263,6 +264,7 @@ class CompressedQuantized(CompressedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``y = base(x) + (x e) coefᵀ``, keeping z = x v (T x G) for the backward pass."""
         x = plain(x)
+        refuse_if_split(self, x)
         state, coef = self.velora, self.coef
         substituted = self._substituted()
         functional = substituted or _in_transform()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from velora_torch.layers.base import CompressedLayer, _compute_dtype, _in_transform
+from velora_torch.layers.tensor_parallel import refuse_if_split
 from velora_torch.recomputation.deferred import plain
 from velora_torch.subtoken.factored import project
 from velora_torch.subtoken.scale_shift import CompressedScaleShift as Compressed
@@ -92,6 +93,7 @@ class CompressedScaleShift(CompressedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``y = weight * x + bias``, keeping z = x v (T x G) instead of x."""
         x = plain(x)  # the result of an activation may be deferred
+        refuse_if_split(self, x)
         state, weight, bias = self.velora, self.raw_weight, self._parameters["bias"]
         _check_shape(x, self.features, self.dim)
         if not (torch.is_grad_enabled() and weight.requires_grad):
