@@ -18,6 +18,7 @@ PROMISED = {
         "--overwrite",
         "--print-config",
         "--dry-run",
+        "--strategy",
         "--trust-remote-code",
     },
     "export": {"run", "--to", "--lora", "--trust-remote-code"},

@@ -15,6 +15,7 @@ from velora_torch.model import compressed_layers
 from velora_torch.recomputation import recomputed
 from velora_torch.report.results import read_results
 from velora_torch.training import budget
+from velora_torch.training.assemble import prepare_data
 from velora_torch.training.folder import RunFolder
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.recipe import RecipeError, load_recipe, recipe_to_yaml
@@ -160,6 +161,19 @@ def test_checkpointing_some_blocks_trains_adapters(recipe):
     pytest.importorskip("peft")
     results = go(recipe(method="lora", train={"gradient_checkpointing": 2}))
     assert results.history[-1].loss < results.history[0].loss
+
+
+def test_a_budget_is_that_of_one_of_the_processes(recipe, monkeypatch):
+    """Under a launcher the plan is for as many, and for how they share the model."""
+    made = recipe(given=(), memory_budget="1GiB", dtype="float32")
+    tokenizer, data = prepare_data(made, lambda line: None)
+    assert tokenizer is not None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    peaks = []
+    for strategy in ("ddp", "fsdp2"):
+        _, prediction = budget.fit(made, data, lambda line: None, strategy)
+        peaks.append(prediction.peak["weights"])
+    assert peaks[1] < 0.75 * peaks[0]
 
 
 def test_more_blocks_than_there_are(recipe):

@@ -12,6 +12,7 @@ from velora_torch.memory.planner.plan import Plan, plan
 from velora_torch.memory.planner.table import nothing_fits
 from velora_torch.remote_code import trust
 from velora_torch.report.results import Prediction
+from velora_torch.training import processes
 from velora_torch.training.assets import resolve_model
 from velora_torch.training.data import PreparedData, check_context, prepare
 from velora_torch.training.schema import Recipe
@@ -31,7 +32,9 @@ class BudgetError(ValueError):
     """A run does not fit into its memory budget, or cannot be planned."""
 
 
-def fit(recipe: Recipe, data: PreparedData, say: Say) -> tuple[Recipe, Prediction]:
+def fit(
+    recipe: Recipe, data: PreparedData, say: Say, strategy: processes.Strategy = "ddp"
+) -> tuple[Recipe, Prediction]:
     """The fastest way to run a recipe within its budget.
 
     Settings that the recipe gives are kept; only those that it leaves open are chosen.
@@ -40,6 +43,7 @@ def fit(recipe: Recipe, data: PreparedData, say: Say) -> tuple[Recipe, Predictio
         recipe: with a memory budget.
         data: prepared; its longest example decides.
         say: shows a line.
+        strategy: how several processes share the model; the budget is that of each.
 
     Returns:
         The recipe with everything chosen, and what was predicted for it.
@@ -47,7 +51,7 @@ def fit(recipe: Recipe, data: PreparedData, say: Say) -> tuple[Recipe, Predictio
     Raises:
         BudgetError: nothing fits, with what is missing.
     """
-    made = plan_of(recipe, data, say)
+    made = plan_of(recipe, data, say, strategy)
     if not made.candidates:
         raise BudgetError(
             f"memory_budget {recipe.memory_budget}: {nothing_fits(made)}\n"
@@ -84,8 +88,10 @@ def preview(recipe: Recipe, say: Say) -> None:
         raise BudgetError(f"nothing fits into memory_budget {recipe.memory_budget}")
 
 
-def plan_of(recipe: Recipe, data: PreparedData, say: Say) -> Plan:
-    """Plan the largest batch of a recipe."""
+def plan_of(
+    recipe: Recipe, data: PreparedData, say: Say, strategy: processes.Strategy = "ddp"
+) -> Plan:
+    """Plan the largest batch of a recipe, for one of the processes that were started."""
     import torch
 
     assert recipe.memory_budget is not None
@@ -100,6 +106,8 @@ def plan_of(recipe: Recipe, data: PreparedData, say: Say) -> Plan:
         dtype=recipe.dtype,
         device="cuda" if torch.cuda.is_available() else "cpu",
         top=1,
+        gpus=processes.count(),
+        strategy=strategy,
         **_given(recipe),
     )
 

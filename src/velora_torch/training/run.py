@@ -91,7 +91,7 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     say(describe_data(data))
     prediction = None
     if recipe.memory_budget is not None:
-        recipe, prediction = budget.fit(recipe, data, say)
+        recipe, prediction = budget.fit(recipe, data, say, options.strategy)
     say(f"loading {recipe.model}")
     with processes.first_alone():
         model = place(models.load_model(recipe, say, data))
