@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -40,30 +42,35 @@ SETUPS = {
 SKIPPING = Setup(config=AVERAGE, family="experts")
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
-def ranks(request, tmp_path_factory):
-    """What each rank has at the end of each training."""
-    setups = SETUPS if request.param == 2 else {n: SETUPS[n] for n in ("ddp", "fsdp2-conv1d")}
-    folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    return on_ranks(request.param, train_all, folder, setups)
+OF_FOUR = ("ddp", "fsdp2-conv1d")
+CASES = [*((2, name) for name in SETUPS), *((4, name) for name in OF_FOUR)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What each of so many ranks has at the end of each training; all trainings at once."""
+
+    @functools.cache
+    def by(count):
+        setups = SETUPS if count == 2 else {name: SETUPS[name] for name in OF_FOUR}
+        return on_ranks(count, train_all, tmp_path_factory.mktemp(f"ranks-{count}"), setups)
+
+    return by
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return {}
+    return functools.cache(lambda name: train(SETUPS[name]))
 
 
-@pytest.mark.parametrize("name", SETUPS)
-def test_ranks_train_as_one(ranks, alone, name):
-    if name not in ranks[0]:
-        pytest.skip("with two ranks only")
-    if name not in alone:
-        alone[name] = train(SETUPS[name])
-    for result in ranks:
-        assert result[name].keys() == alone[name].keys()
-        for key, expected in alone[name].items():
-            assert_close(result[name][key], expected, 1e-10)
-            assert_bitwise(result[name][key], ranks[0][name][key])
+@pytest.mark.parametrize(("count", "name"), CASES)
+def test_ranks_train_as_one(trained, alone, count, name):
+    expected, results = alone(name), [result[name] for result in trained(count)]
+    for result in results:
+        assert result.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert_close(result[key], tensor, 1e-10)
+            assert_bitwise(result[key], results[0][key])
 
 
 def test_ranks_that_skip_layers_hold_nobody_up(tmp_path):
