@@ -76,6 +76,7 @@ def train(
     if print_config:
         typer.echo(recipe_to_yaml(loaded), nl=False)
         return
+    from velora_torch.integrations.deepspeed import check_launch
     from velora_torch.training.data import check_sources
     from velora_torch.training.models import check_settings
     from velora_torch.training.output import check_output
@@ -83,6 +84,7 @@ def train(
 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    check_launch()
     check_strategy(strategy)
     check_output(loaded.train.output, resume)
     check_settings(loaded)

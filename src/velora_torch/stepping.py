@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from velora_torch.integrations.deepspeed import check_parameters
 from velora_torch.layers.base import LIVE, CompressedLayer
 from velora_torch.optimizers import Group, Rule, check_group, rule_for, settings, turn_moments
 from velora_torch.values import has_values
@@ -46,10 +47,7 @@ def retire(coef: nn.Parameter) -> None:
 
 def _trained(optimizer: Optimizer) -> Trained:
     """Compressed layers whose coefficients (or dense-gradient weight) the optimizer holds."""
-    layers = {}
-    for layer in LIVE:
-        coef = layer._parameters["coef"]
-        layers[id(layer.raw_weight if coef is None else coef)] = layer
+    layers = {id(_what_trains(layer)): layer for layer in LIVE}
     return [
         (layers[id(p)], group)
         for group in optimizer.param_groups
@@ -58,12 +56,19 @@ def _trained(optimizer: Optimizer) -> Trained:
     ]
 
 
+def _what_trains(layer: CompressedLayer) -> nn.Parameter:
+    coef = layer._parameters["coef"]
+    return layer.raw_weight if coef is None else coef
+
+
 def _before_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not LIVE and not _RETIRED:
         return None
     trained = _trained(optimizer)
+    if not trained:  # ZeRO's holds flat copies
+        check_parameters((layer.velora.name, _what_trains(layer)) for layer in LIVE)
     _check_holdings(optimizer, {id(layer) for layer, _ in trained})
     factored = [(layer, group) for layer, group in trained if layer._parameters["coef"] is not None]
     if factored:

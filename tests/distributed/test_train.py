@@ -139,3 +139,14 @@ def test_the_command_under_torchrun(place):
 def test_sharding_needs_processes(place):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
         check_strategy("fsdp2")
+
+
+def test_a_start_for_deepspeed_is_refused(place):
+    command = [sys.executable, "-m", "velora_torch", "train", str(place / "recipe.yaml")]
+    command += overrides(place, "deepspeed")
+    environment = os.environ | {"ACCELERATE_USE_DEEPSPEED": "true"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode != 0
+    assert "Traceback" not in ran.stderr
+    assert "--strategy fsdp2" in " ".join(ran.stderr.split())
+    assert not (place / "deepspeed").exists()
