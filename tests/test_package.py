@@ -13,7 +13,17 @@ from packaging.requirements import Requirement
 
 import velora_torch
 
-PROMISED = ["VeloraConfig", "compress", "export_lora", "fold", "memory", "restore", "summary"]
+PROMISED = [
+    "VeloraConfig",
+    "check_ranks",
+    "choose_vectors",
+    "compress",
+    "export_lora",
+    "fold",
+    "memory",
+    "restore",
+    "summary",
+]
 
 
 def test_public_names_are_exactly_the_promised_ones() -> None:

@@ -135,11 +135,11 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(recipe, tmp_pa
 def test_a_full_disk_while_saving_leaves_the_former_checkpoint(recipe, tmp_path, monkeypatch):
     saves = []
 
-    def fail_at_second(model, folder):
+    def fail_at_second(model, folder, *rest):
         saves.append(folder)
         if len(saves) == 2:
             raise OSError(28, "No space left on device", str(folder))
-        checkpoint.save_state(model, folder)
+        checkpoint.save_state(model, folder, *rest)
 
     monkeypatch.setattr("velora_torch.integrations.transformers.save_state", fail_at_second)
     with pytest.raises(OSError, match="No space left"):

@@ -53,9 +53,12 @@ class CompressedOwnForward(CompressedLayer):
 def multiplies_by_weight(module: nn.Module) -> bool:
     """Whether a forward multiplies its input by the whole weight, and uses the weight nowhere else.
 
-    Tries it, on a shallow copy and a few zeros.
+    Tries it, on a shallow copy and a few zeros; not where it has modules of its own, whose hooks
+    would be told of an input that nobody gave.
     """
     weight = module._parameters.get("weight")
+    if next(module.children(), None) is not None:
+        return False
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return False
     x = weight.new_zeros(_TOKENS, weight.shape[1], requires_grad=False)  # fake beside a fake one
