@@ -19,9 +19,9 @@ from velora_torch.layers.adapter import (
     compressed_adapter_class,
     compressed_adapters,
 )
-from velora_torch.layers.base import LIVE
 from velora_torch.layers.quantized import CompressedQuantized, make_lean
 from velora_torch.layers.state import TENSORS
+from velora_torch.layers.watching import LIVE
 from velora_torch.memory.freed import arm, disarm, foresee
 from velora_torch.recomputation import undo_recompute
 from velora_torch.selection import Chosen, ChosenAdapter, has_adapters, select

@@ -19,7 +19,8 @@ from torch.optim.optimizer import (
 )
 
 from velora_torch.integrations.deepspeed import check_parameters
-from velora_torch.layers.base import LIVE, CompressedLayer
+from velora_torch.layers.base import CompressedLayer
+from velora_torch.layers.watching import LIVE
 from velora_torch.optimizers import Group, Rule, check_group, rule_for, settings, turn_moments
 from velora_torch.values import has_values
 

@@ -19,7 +19,7 @@ from tests.closeness import assert_close
 from tests.distributed.launch import on_ranks
 from tests.training import tiny
 from tests.training.pretraining import texts
-from velora_torch.layers.base import LIVE
+from velora_torch.layers.watching import LIVE
 from velora_torch.sharding import is_sharded
 from velora_torch.training.processes import check_strategy
 from velora_torch.training.recipe import load_recipe

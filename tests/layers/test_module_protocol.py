@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.layers import CompressedLayer
-from velora_torch.layers.base import LIVE
+from velora_torch.layers.watching import LIVE
 
 from ..closeness import assert_bitwise
 from .cases import GRADIENTS, KINDS, Make, Renamed, compress

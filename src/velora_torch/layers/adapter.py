@@ -27,6 +27,7 @@ from velora_torch import ranks
 from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.adapter_sites import FindProducts, Product
 from velora_torch.layers.base import _compute_dtype, _in_transform
+from velora_torch.layers.drawing import random_vectors, vectors_from
 from velora_torch.recomputation.deferred import plain
 from velora_torch.subtoken import vectors as choose
 from velora_torch.subtoken.factored import expand, factored_linear, project
@@ -320,22 +321,11 @@ def _draw(site: Site, x: Tensor | None, name: str, state: AdapterState) -> None:
     config, old = state.config, site.vectors
     groups, size = old.shape
     mask = choose.feature_mask(groups, size, site.features, old.device)
-    per_group = config.vectors == "per_group"
     if config.init in RANDOM or x is None:
-        shape = (groups, size)
-        counter, dtype = site.draws, old.dtype
-        raw = choose.random(name, config.seed, counter, shape, per_group, dtype, config.init)
-        raw = raw.to(old.device)
-    elif config.init == "svd":
-        raw = choose.singular(x.reshape(-1, site.features), groups, size, per_group, old.dtype)
+        raw = random_vectors(name, site.draws, config, old)
     else:
-        raw = choose.mean_sub_token(x.reshape(-1, site.features), groups, size, old.dtype)
-        raw = raw if per_group else choose.share(raw, mask)
-        if config.init == "running_average":
-            past = torch.zeros_like(raw) if site.running is None else site.running
-            weight = 0.0 if site.running is None else config.running_decay
-            moved = weight * past + (1 - weight) * raw
-            raw = site.running = torch.where(torch.isfinite(moved).all(), moved, past)
+        x_TD = x.reshape(-1, site.features)
+        raw, site.running = vectors_from(x_TD, mask, config, old, site.running)
     site.vectors, valid = choose.normalise(raw, mask, old)
     if not site.drawn and config.init not in RANDOM:
         site.unchecked = valid

@@ -21,6 +21,14 @@ class PlainOutside(nn.Module):
     coef: nn.Parameter
     plain_class: type[nn.Module]
     velora: LayerState
+    velora_vectors: Tensor
+    """(G, M)."""
+    velora_delta: Tensor | None
+    velora_running: Tensor | None
+    velora_turn: Tensor | None
+    velora_sign_turn: Tensor | None
+    _unchecked: Tensor | None
+    """Whether the first draw from data found a direction (0-d boolean), not looked at yet."""
 
     @property
     @abstractmethod
