@@ -20,7 +20,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from velora_torch.config import Init
 from velora_torch.subtoken.vectors import SVD_SAMPLE
+
+Value = TypeVar("Value")
 
 
 def several() -> bool:
@@ -40,26 +42,40 @@ def is_first() -> bool:
     return not several() or dist.get_rank() == 0
 
 
-@dataclass
+@dataclass(frozen=True)
+class About:
+    """What every rank must know of another one's note."""
+
+    rows: int
+    features: int
+    """D."""
+    tokens: int
+    """How many tokens the note stands for."""
+    sampled: bool
+    """Whether its rows are some of the tokens, or one is the sum of all."""
+    dtype: torch.dtype
+    """Of the layer's vectors."""
+
+
+@dataclass(frozen=True)
 class Note:
     """What one rank saw of a layer's input."""
 
     rows: Tensor
-    """(N, D): the sum of the tokens, or a sample of them."""
-    tokens: int
-    """How many tokens it stands for: the sum is divided by all ranks' number."""
-    sampled: bool
-    dtype: torch.dtype
-    """Of the layer's vectors."""
+    """(N, D), in float64."""
+    about: About
 
     @classmethod
     def of(cls, x_TD: Tensor, init: Init, groups: int, dtype: torch.dtype) -> Note:
         """Note an input."""
-        if init != "svd":
-            return cls(x_TD.sum(0, keepdim=True, dtype=torch.float64), len(x_TD), False, dtype)
-        ranks = dist.get_world_size() if several() else 1
-        stride = -(-len(x_TD) * groups * ranks // SVD_SAMPLE)
-        return cls(x_TD[:: max(stride, 1)].double(), len(x_TD), True, dtype)
+        sampled = init == "svd"
+        if sampled:
+            world = dist.get_world_size() if several() else 1
+            stride = -(-len(x_TD) * groups * world // SVD_SAMPLE)
+            rows = x_TD[:: max(stride, 1)].double()
+        else:
+            rows = x_TD.sum(0, keepdim=True, dtype=torch.float64)
+        return cls(rows, About(len(rows), x_TD.shape[1], len(x_TD), sampled, dtype))
 
 
 @dataclass
@@ -147,39 +163,40 @@ def _nothing_saved() -> Iterator[None]:
 
 
 def _exchange(notes: dict[str, Note]) -> dict[str, Gathered]:
-    about = {
-        n: (len(o.rows), o.rows.shape[1], o.tokens, o.sampled, o.dtype) for n, o in notes.items()
-    }
-    if not several():
-        return {name: _joined(note.rows, note.tokens, note) for name, note in notes.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, about)
-    names = sorted({name for one in everyone for name in one})
-    parts, device = [], _device(notes)
-    for name in names:
+    everyone = _everyones({name: note.about for name, note in notes.items()})
+    rank = dist.get_rank() if several() else 0
+    shapes, dtypes, parts = {}, {}, []
+    for name in sorted({name for one in everyone for name in one}):
         told = [one[name] for one in everyone if name in one]
-        sampled = told[0][3]
-        rows = sum(one[0] for one in told) if sampled else 1
-        part = torch.zeros(rows, told[0][1], dtype=torch.float64, device=device)
-        if name in notes:
-            first = sum(one[name][0] for one in everyone[: dist.get_rank()] if name in one)
-            start = first if sampled else 0
-            part[start : start + len(notes[name].rows)] = notes[name].rows
-        parts.append(part)
+        first = told[0]
+        rows = sum(one.rows for one in told) if first.sampled else 1
+        part = torch.zeros(rows, first.features, dtype=torch.float64, device=_device(notes))
+        if name in notes and first.sampled:  # after the rows of the ranks before
+            start = sum(one[name].rows for one in everyone[:rank] if name in one)
+            part[start : start + notes[name].about.rows] = notes[name].rows
+        elif name in notes:
+            part[:] = notes[name].rows / sum(one.tokens for one in told)
+        shapes[name], dtypes[name] = part.shape, first.dtype
+        parts.append(part.flatten())
     if not parts:
         return {}
-    flat = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(flat)
-    found = {}
-    for name, part in zip(names, flat.split([p.numel() for p in parts]), strict=True):
-        told = [one[name] for one in everyone if name in one]
-        note = Note(part.view(-1, told[0][1]), 0, told[0][3], told[0][4])
-        found[name] = _joined(note.rows, sum(one[2] for one in told), note)
-    return found
+    flat = torch.cat(parts)
+    if several():
+        dist.all_reduce(flat)
+    sums = flat.split([part.numel() for part in parts])
+    return {
+        name: Gathered(part.view(shape), dtypes[name])
+        for (name, shape), part in zip(shapes.items(), sums, strict=True)
+    }
 
 
-def _joined(rows: Tensor, tokens: int, note: Note) -> Gathered:
-    return Gathered((rows if note.sampled else rows / tokens), note.dtype)
+def _everyones(value: Value) -> list[Value]:
+    """What each rank gives, in their order; every rank must ask."""
+    if not several():
+        return [value]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
 
 
 def _device(notes: dict[str, Note]) -> torch.device:
@@ -199,19 +216,12 @@ def fingerprint(vectors: Tensor, counters: Any) -> str:
 
 def differing(hashes: dict[str, str]) -> list[str]:
     """Names whose hash is another, or missing, on another rank; the same list on every rank."""
-    if not several():
-        return []
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, hashes)
+    everyone = _everyones(hashes)
     names = dict.fromkeys(name for one in everyone for name in one)
     return [name for name in names if len({one.get(name) for one in everyone}) > 1]
 
 
 def union(names: Iterable[str]) -> list[str]:
     """Names that any rank gives, in the order of the first that does; every rank must ask."""
-    own = list(names)
-    if not several():
-        return own
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone = _everyones(list(names))
     return list(dict.fromkeys(name for one in everyone for name in one))

@@ -15,13 +15,14 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file
 
+import velora_torch
 from tests.closeness import assert_close
 from tests.distributed.launch import on_ranks
 from tests.training import tiny
 from tests.training.pretraining import texts
 from velora_torch.layers.watching import LIVE
 from velora_torch.sharding import is_sharded
-from velora_torch.training.processes import check_strategy
+from velora_torch.training.processes import check_strategy, sharding
 from velora_torch.training.recipe import load_recipe
 from velora_torch.training.run import Options, run
 
@@ -150,3 +151,14 @@ def test_a_start_for_deepspeed_is_refused(place):
     assert "Traceback" not in ran.stderr
     assert "--strategy fsdp2" in " ".join(ran.stderr.split())
     assert not (place / "deepspeed").exists()
+
+
+def test_weights_of_another_type_than_the_coefficients_are_not_sharded():
+    model = velora_torch.compress(
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).bfloat16(),
+        velora_torch.VeloraConfig(num_groups=2),
+    )
+    assert sharding("ddp", model) == {}
+    with pytest.raises(ValueError, match=r"bfloat16, float32 .*set dtype: float32"):
+        sharding("fsdp2", model)
+    assert sharding("fsdp2", model.float())["fsdp"]

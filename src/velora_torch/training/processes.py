@@ -119,9 +119,22 @@ def check_strategy(strategy: str) -> None:
 
 
 def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
-    """Arguments for `TrainingArguments` that shard a model by its repeated blocks, if asked for."""
+    """Arguments for `TrainingArguments` that shard a model by its repeated blocks, if asked for.
+
+    Raises:
+        ValueError: parameters of several types train, which FSDP2 does not shard together.
+    """
     if strategy == "ddp":
         return {}
+    types = sorted(
+        {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    )
+    if len(types) > 1:
+        raise ValueError(
+            f"--strategy fsdp2 wants one type for all that trains, and here are {', '.join(types)} "
+            f"(VeLoRA's coefficients are float32): set dtype: float32, with train.autocast: true "
+            f"to compute in bfloat16"
+        )
     kinds = {type(block).__name__ for _, blocks in repeated_blocks(model) for block in blocks}
     policy = {"auto_wrap_policy": "NO_WRAP"}
     if kinds:
