@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from velora_torch.sharding import is_sharded
 from velora_torch.training.processes import check_strategy, sharding
 from velora_torch.training.recipe import load_recipe
 from velora_torch.training.run import Options, run
+from velora_torch.training.trainer import RecordingMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -121,6 +123,29 @@ def test_one_process_s_checkpoint_goes_on_sharded(place, alone, tmp_path):
 
 def _resume(path, given):
     return go(path, "fsdp2", given, resume=True)
+
+
+def _terminated(path, given):
+    """Train; the second rank alone gets SIGTERM, in its third step."""
+    real, taken = RecordingMixin.training_step, []
+
+    def training_step(self, *args):
+        taken.append(None)
+        if len(taken) == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    RecordingMixin.training_step = training_step
+    results = run(load_recipe(path, given), Options(report=False), lambda line: None)
+    return results.run.status, results.run.signal, results.history[-1].step
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(place, alone, tmp_path):
+    given = overrides(place, "terminated")
+    told = on_ranks(2, _terminated, tmp_path, place / "recipe.yaml", given)
+    assert told == [("interrupted", signal.SIGTERM, 3)] * 2
+    losses, _, _ = go(place / "recipe.yaml", "ddp", [*given, "train.batch_size=8"], resume=True)
+    assert losses == pytest.approx(alone[0], rel=1e-5)
 
 
 def test_the_command_under_torchrun(place):

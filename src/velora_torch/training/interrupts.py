@@ -50,6 +50,11 @@ def interruptible(record: Interruptible) -> Iterator[None]:
         yield
 
 
+def agree(record: Interruptible) -> None:
+    """Let every process know of a signal that one of them has got; all must ask."""
+    record.signal = processes.most(record.signal or 0) or None
+
+
 class StopWhenAsked(TrainerCallback):
     """Ends the training of a trainer whose record has got a signal.
 
@@ -71,7 +76,8 @@ class StopWhenAsked(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """After a step; all processes stop after the same one."""
-        if processes.any_of(self._trainer.record.signal is not None):
+        agree(self._trainer.record)
+        if self._trainer.record.signal is not None:
             control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

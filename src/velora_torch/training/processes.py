@@ -77,14 +77,19 @@ def wait() -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether a flag is set in any process; all must ask."""
+    return bool(most(int(flag)))
+
+
+def most(number: int) -> int:
+    """The largest of the processes' numbers; all must ask."""
     if _control is None:
-        return flag
+        return number
     import torch
     import torch.distributed as dist
 
-    told = torch.tensor(int(flag))
+    told = torch.tensor(number)
     dist.all_reduce(told, dist.ReduceOp.MAX, _control)
-    return bool(told)
+    return int(told)
 
 
 @contextlib.contextmanager

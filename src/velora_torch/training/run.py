@@ -203,7 +203,7 @@ def _train(
     say: Say,
 ) -> Any:
     """The trainer, after its training."""
-    from velora_torch.training.interrupts import interruptible
+    from velora_torch.training.interrupts import agree, interruptible
     from velora_torch.training.out_of_memory import OutOfMemoryError, explained, what_fits
     from velora_torch.training.trainer import build_trainer
 
@@ -216,6 +216,7 @@ def _train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OutOfMemoryError as error:
         raise OutOfMemoryError(f"{error}\n{what_fits(recipe, data)}") from None
+    agree(record)  # a signal may have come after the last step, to some processes alone
     return trainer
 
 
