@@ -208,9 +208,9 @@ def _device(notes: dict[str, Note]) -> torch.device:
     return torch.device("cpu")
 
 
-def fingerprint(vectors: Tensor, counters: Any) -> str:
+def fingerprint(tensor: Tensor, counters: Any) -> str:
     """A hash of the bits of a tensor, and of what else is to be the same on every rank."""
-    content = vectors.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    content = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(content + repr(counters).encode()).hexdigest()
 
 
