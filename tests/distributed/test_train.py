@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import velora_torch
 from tests.closeness import assert_close
@@ -23,6 +25,8 @@ from tests.training import tiny
 from tests.training.pretraining import texts
 from velora_torch.layers.watching import LIVE
 from velora_torch.sharding import is_sharded
+from velora_torch.training.exporting import export_run
+from velora_torch.training.folder import FolderError
 from velora_torch.training.processes import check_strategy, sharding
 from velora_torch.training.recipe import load_recipe
 from velora_torch.training.run import Options, run
@@ -123,6 +127,74 @@ def test_one_process_s_checkpoint_goes_on_sharded(place, alone, tmp_path):
 
 def _resume(path, given):
     return go(path, "fsdp2", given, resume=True)
+
+
+@pytest.fixture(scope="module")
+def in_shards(place, tmp_path_factory):
+    """The folder of a run of two processes with checkpoints in shards; and what it ended with."""
+    given = overrides(place, "shards", shard_checkpoints=True)
+    folder = tmp_path_factory.mktemp("ranks")
+    (losses, _, sharded), _ = on_ranks(2, go, folder, place / "recipe.yaml", "fsdp2", given)
+    assert sharded
+    return place / "shards", losses
+
+
+def test_each_process_writes_its_shard(in_shards):
+    folder = in_shards[0] / "checkpoint-3"
+    assert not (folder / "model.safetensors").exists()
+    names = [load_file(path) for path in sorted((folder / "shards").glob("*.safetensors"))]
+    assert len(names) == 2
+    first, second = ({k: v.numel() for k, v in part.items()} for part in names)
+    weights = [name for name in first if first[name] >= 64]
+    assert len(weights) > 20
+    assert all(second[name] <= first[name] for name in weights)
+    assert any(name.endswith("exp_avg") for name in weights)
+    assert (folder / "optimizer.pt").stat().st_size < 4096
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_any_number_of_processes_goes_on_from_shards(place, in_shards, alone, ranks, tmp_path):
+    folder, _ = in_shards
+    name = f"shards-{ranks}"
+    shutil.copytree(folder, place / name, ignore=shutil.ignore_patterns("checkpoint-[68]", "final"))
+    given = overrides(place, name, batch_size=8 // ranks, shard_checkpoints=True)
+    path = place / "recipe.yaml"
+    if ranks == 1:
+        losses, said, _ = go(path, "ddp", given, resume=True)
+    else:
+        (losses, said, _), _ = on_ranks(2, _resume, tmp_path, path, given)
+    assert any("going on from" in line and "checkpoint-3" in line for line in said)
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    for key, tensor in alone[1].items():
+        assert_close(final(place / name)[key], tensor, 1e-4)
+
+
+def test_an_interrupted_run_in_shards_is_exported(place, in_shards, tmp_path):
+    """As one whole file, which has the weights of a checkpoint that is whole itself."""
+    for name, source in (("in-shards", in_shards[0]), ("in-one", place / "alone")):
+        left_out = shutil.ignore_patterns("final", "checkpoint-[68]")
+        shutil.copytree(source, place / name, ignore=left_out)
+        export_run(place / name, tmp_path / name, lora=False)
+        assert not (tmp_path / name / "shards").exists()
+    there = load_file(tmp_path / "in-shards" / "model.safetensors")
+    expected = load_file(tmp_path / "in-one" / "model.safetensors")
+    assert there.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert_close(there[key], tensor, 1e-4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "in-shards")
+    with pytest.raises(FolderError, match=r"in shards.*without --lora"):
+        export_run(place / "in-shards", tmp_path / "adapter", lora=True)
+
+
+def test_damaged_shards_are_known_before_training(place, in_shards):
+    shutil.copytree(
+        in_shards[0], place / "cut", ignore=shutil.ignore_patterns("final", "checkpoint-8")
+    )
+    for step in (3, 6):
+        shard = place / "cut" / f"checkpoint-{step}" / "shards"
+        next(shard.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"shard-.*safetensors is missing"):
+        go(place / "recipe.yaml", "ddp", overrides(place, "cut", batch_size=8), resume=True)
 
 
 def _terminated(path, given):

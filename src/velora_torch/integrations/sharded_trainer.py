@@ -1,18 +1,30 @@
-"""Checkpoints of sharded training that are those of any other: one file, whole tensors.
+"""Checkpoints of sharded training, from which any number of processes can go on, sharding or not.
 
-`Trainer` writes a format of its own where FSDP shards the model, which only FSDP reads. With this,
-any number of processes, sharding or not, can go on from any checkpoint.
+`Trainer` writes a format of its own where FSDP shards the model, which only FSDP reads. With this
+checkpoints are those of any other training, one file with whole tensors; or, where asked for, in
+shards (`sharded_checkpoint.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from velora_torch.checkpoint import save_state
+from velora_torch.integrations.sharded_checkpoint import (
+    ShardedState,
+    has_shards,
+    load_model,
+    save_shards,
+)
+from velora_torch.layers.adapter import compressed_adapters
+from velora_torch.model import compressed_layers
+from velora_torch.pickles import check_pickles
 from velora_torch.sharding import as_sharded, whole
 
 
@@ -20,7 +32,12 @@ class WholeTensors:
     """Put before `Trainer` or a class of its kind."""
 
     is_fsdp_enabled: bool
+    model: Any
     optimizer: Any
+    args: Any
+    processing_class: Any
+    shard_checkpoints = False
+    """Whether each process writes its shard, where the model is sharded, instead of one all."""
     _has_loaded = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -33,33 +50,68 @@ class WholeTensors:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._has_loaded:
+        if self._has_loaded:
+            return
+        if not has_shards(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        check_pickles(Path(resume_from_checkpoint))
+        load_model(resume_from_checkpoint, self.model)
+        self._load_compressed(resume_from_checkpoint)  # type: ignore[attr-defined]
+
+    def _writes_shards(self) -> bool:
+        return (
+            self.shard_checkpoints
+            and self.is_fsdp_enabled
+            and not hasattr(self.model, "peft_config")
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainer's own, which gathers whole weights; or a checkpoint's shards."""
+        if not (_internal_call and output_dir and self._writes_shards()):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            parts: list[Any] = [getattr(self.model, "config", None), self.processing_class]
+            for part in parts:
+                if part is not None:
+                    part.save_pretrained(output_dir)
+        save_shards(output_dir, self.model, self.optimizer, self.args.should_save)
+        if compressed_layers(self.model) or compressed_adapters(self.model):
+            save_state(self.model, output_dir, self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        if self._writes_shards():
+            with self._as_if_not_sharded(ShardedState(self.optimizer, output_dir)):
+                super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
         state = pytree.tree_map_only(Tensor, whole, self.optimizer.state_dict())
         with self._as_if_not_sharded(_Whole(self.optimizer, state)):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
-        with self._as_if_not_sharded(_Whole(self.optimizer, {})):
+        optimizer: Any = self.optimizer
+        if checkpoint is not None and has_shards(checkpoint):
+            optimizer = ShardedState(self.optimizer, checkpoint)
+        elif self.is_fsdp_enabled:
+            optimizer = _Whole(self.optimizer, {})
+        with self._as_if_not_sharded(optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     @contextmanager
     def _as_if_not_sharded(self, optimizer: Any = None) -> Iterator[None]:
-        former = self.optimizer
+        former = self.is_fsdp_enabled, self.optimizer
         self.is_fsdp_enabled = False
-        self.optimizer = former if optimizer is None else optimizer
+        if optimizer is not None:
+            self.optimizer = optimizer
         try:
             yield
         finally:
-            self.is_fsdp_enabled, self.optimizer = True, former
+            self.is_fsdp_enabled, self.optimizer = former
 
 
 class _Whole:

@@ -6,8 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from velora_torch.checkpoint import JSON_FILE, TENSOR_FILE, load_state
 from velora_torch.export import export_lora
+from velora_torch.integrations.sharded_checkpoint import FOLDER as SHARDS
+from velora_torch.integrations.sharded_checkpoint import has_shards, whole_weights
 from velora_torch.shards import check_shards
 from velora_torch.training.assemble import prepare_data
 from velora_torch.training.data import PreparedData
@@ -23,7 +27,8 @@ RESUMING = (
     "optimizer.pt",
     "scheduler.pt",
     "scaler.pt",
-    "rng_state.pth",
+    "rng_state*.pth",
+    SHARDS,
     "trainer_state.json",
     "training_args.bin",
     MANIFEST,
@@ -63,6 +68,12 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
         )
     adapter = adapter and not merged
     pending = recipe.method == "coefficients" and source != folder.final
+    in_shards = has_shards(source)
+    if lora and in_shards:
+        raise FolderError(
+            f"{source} is in shards, of which no adapter is made: finish the run with --resume, or "
+            f"export it without --lora"
+        )
     if lora and (pending or not adapter):
         export_lora(_load_compressed(recipe, source), to)
     elif pending:
@@ -74,6 +85,8 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
         _merge(recipe, source, to)
     else:
         shutil.copytree(source, to, ignore=shutil.ignore_patterns(*RESUMING))
+        if in_shards:
+            save_file(whole_weights(source), to / "model.safetensors", {"format": "pt"})
     kind = "a LoRA adapter" if lora else "a plain checkpoint"
     return f"wrote {kind} of {source} to {to}"
 

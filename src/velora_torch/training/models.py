@@ -35,6 +35,10 @@ def check_settings(recipe: Recipe) -> None:
             VeloraConfig(**recipe.velora.to_kwargs())
         except ValueError as error:
             raise ModelError(f"velora: {error}") from None
+    if recipe.train.shard_checkpoints:
+        from velora_torch.integrations.sharded_checkpoint import check_available
+
+        check_available()
     for package, why, install in _needed(recipe):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"{why} needs {package}: pip install '{install}'")

@@ -329,6 +329,8 @@ class TrainSection(Section):
     """Steps between checkpoints; null: only at the end."""
     keep: Positive = 2
     """Checkpoints to keep."""
+    shard_checkpoints: bool = False
+    """With --strategy fsdp2: each process writes its shard, instead of one all of them."""
     save_final: bool = True
     """Write the trained model at the end."""
     tensorboard: bool = True

@@ -314,6 +314,7 @@ def build_trainer(
     trainer.say, trainer.policy = say, recipe.train
     trainer.add_callback(StopWhenAsked(trainer))
     trainer.longest_first = recipe.train.longest_first
+    trainer.shard_checkpoints = recipe.train.shard_checkpoints
     if recipe.train.optimizer in OWN_OPTIMIZERS:
         trainer.own_optimizer = recipe.train
     if recipe.train.head_learning_rate is not None:
