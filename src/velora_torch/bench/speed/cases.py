@@ -171,6 +171,12 @@ MODELS = [
         llama(1024, 2816, 16, 4, 4, "fp32"),
         LARGE,
     ),
+    _model(
+        "llama-2048-fp32",
+        "2 LLaMA blocks of width 2048 in float32, 2 × 512 tokens",
+        llama(2048, 5632, 16, 2, 2, "fp32"),
+        LARGE,
+    ),
     _model("vit-b-whole", "ViT-B/16, 64 images of 197 tokens", preset("vit-b-16", 64), LARGE),
     _model(
         "roberta-base-whole",
