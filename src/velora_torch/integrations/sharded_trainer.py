@@ -28,7 +28,7 @@ from velora_torch.pickles import check_pickles
 from velora_torch.sharding import as_sharded, whole
 
 
-class WholeTensors:
+class ShardedTrainerMixin:
     """Put before `Trainer` or a class of its kind."""
 
     is_fsdp_enabled: bool

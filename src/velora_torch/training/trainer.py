@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from velora_torch.integrations.sharded_trainer import WholeTensors
+from velora_torch.integrations.sharded_trainer import ShardedTrainerMixin
 from velora_torch.integrations.transformers import VeloraTrainerMixin
 from velora_torch.memory.count import (
     optimizer_state_bytes,
@@ -134,7 +134,7 @@ def _amount(inputs: dict[str, Any]) -> torch.Tensor | int:
     return inputs["input_ids"].numel() if mask is None else mask.sum()
 
 
-class RecordingTrainerMixin(SafeSteps, WholeCheckpoints, WholeTensors, RecordingMixin):
+class RecordingTrainerMixin(SafeSteps, WholeCheckpoints, ShardedTrainerMixin, RecordingMixin):
     """What a run's trainer is besides `Trainer` or a class of its kind."""
 
 
