@@ -9,6 +9,7 @@ import tomllib
 import types
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 import velora_torch
@@ -36,6 +37,28 @@ def test_public_names_are_exactly_the_promised_ones() -> None:
 def test_recompute_is_there_though_not_promised() -> None:
     assert callable(velora_torch.recompute)
     assert {"explain", "plan", "simulate"} <= set(velora_torch.memory.__all__)
+
+
+def test_every_name_is_found_and_listed() -> None:
+    for module in (velora_torch, velora_torch.memory):
+        assert set(module.__all__) <= set(dir(module))
+        assert all(getattr(module, name) is not None for name in module.__all__)
+        with pytest.raises(AttributeError, match="has no attribute 'compres'"):
+            module.compres  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["model", "memory", "memory.ledger.ledger", "layers", "config"])
+def test_any_module_can_be_the_first(module: str) -> None:
+    """No module needs that another one has been imported before it."""
+    code = f"import velora_torch.{module}, velora_torch; velora_torch.compress"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_needs_no_pytorch() -> None:
+    code = "import sys, velora_torch.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_version_is_that_of_the_distribution() -> None:

@@ -135,7 +135,7 @@ class CompressedAdapter(nn.Module):
         del self.__dict__["velora_adapter"]
         self.__class__ = self.plain_class  # type: ignore[assignment]
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The adapter's own forward; its products with trained operands keep z instead of x."""
         x = plain(x)

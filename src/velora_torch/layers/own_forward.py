@@ -42,7 +42,7 @@ class CompressedOwnForward(CompressedLayer):
 
     transposed = False
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward; its products with the weight keep z instead of x."""
         args = tuple(plain(value) for value in args)

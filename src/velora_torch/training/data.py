@@ -6,7 +6,6 @@ form that TRL's `SFTTrainer` takes.
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import Any, Literal
 
 from velora_torch.training.answer_spans import Messages, chat_length, has_one_answer, learn_answers
 from velora_torch.training.assets import check_hub_model, check_model, normal_form
-from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, check_own_optimizer
+from velora_torch.training.own_optimizers import check_optimizer
 from velora_torch.training.packing import IGNORED, Tokens, pack_text, pack_whole
 from velora_torch.training.perplexity import check_general_text
-from velora_torch.training.recipe import Recipe, RecipeError
+from velora_torch.training.recipe import Recipe
 from velora_torch.training.rows import (
     Format,
     Part,
@@ -87,19 +86,7 @@ def check_sources(recipe: Recipe) -> None:
             check_general_text(recipe.evaluate.perplexity)
         check_model(recipe.model)
         check_hub_model(recipe.model)
-
-    from transformers.training_args import OptimizerNames
-
-    names = [*OWN_OPTIMIZERS, *(name.value for name in OptimizerNames)]
-    if recipe.train.optimizer in OWN_OPTIMIZERS:
-        check_own_optimizer(recipe.train)
-    elif recipe.train.optimizer not in names:
-        near = difflib.get_close_matches(recipe.train.optimizer, names, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(names)}"
-        raise RecipeError(
-            f"`train.optimizer` is {recipe.train.optimizer!r}, which is none of transformers' "
-            f"optimizer names{hint}"
-        )
+    check_optimizer(recipe.train)
 
 
 def _checker(recipe: Recipe, name: str) -> Callable[[str], None]:

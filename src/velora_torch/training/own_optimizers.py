@@ -1,22 +1,50 @@
-"""Optimizers that transformers does not know by name, made for the trainer."""
+"""The optimizers that a recipe may name, and those of them that transformers does not know."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from velora_torch.training.recipe import RecipeError
 from velora_torch.training.sections import TrainSection
 
 OWN_OPTIMIZERS = ("flora",)
 """Names that `train.optimizer` takes besides those of transformers."""
+COMMON = ("adamw_torch", "adamw_torch_fused")
+"""Names that need no asking: importing transformers' list takes longer than most checks."""
 SETTINGS = ("rank", "update_proj_gap", "seed")
 
 
 class OptimizerError(ValueError):
     """An optimizer can't be made with the settings of a recipe."""
+
+
+def check_optimizer(train: TrainSection) -> None:
+    """See that there is such an optimizer.
+
+    Raises:
+        RecipeError: there is none; names the nearest.
+        OptimizerError: it is one of `OWN_OPTIMIZERS`, and lacks settings or has others.
+    """
+    if train.optimizer in OWN_OPTIMIZERS:
+        check_own_optimizer(train)
+        return
+    if train.optimizer in COMMON:
+        return
+    from transformers.training_args import OptimizerNames
+
+    names = [*OWN_OPTIMIZERS, *(name.value for name in OptimizerNames)]
+    if train.optimizer not in names:
+        near = difflib.get_close_matches(train.optimizer, names, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(names)}"
+        raise RecipeError(
+            f"`train.optimizer` is {train.optimizer!r}, which is none of transformers' "
+            f"optimizer names{hint}"
+        )
 
 
 def check_own_optimizer(train: TrainSection) -> None:
