@@ -6,16 +6,17 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 Init = Literal["average", "running_average", "batch_average", "random", "rademacher", "svd"]
 Vectors = Literal["shared", "per_group"]
 Gradient = Literal["factored", "dense"]
 Rounding = Literal["stochastic", "nearest"]
 Purpose = Literal["lora", "full", "pretrain"]
-Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
+Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
 
 DEFAULT_NUM_GROUPS = 32
 RANDOM: tuple[Init, ...] = ("random", "rademacher")

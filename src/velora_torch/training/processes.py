@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from velora_torch.blocks import repeated_blocks
 from velora_torch.config import check_choice
 
 Strategy = Literal["ddp", "fsdp2"]
@@ -131,6 +130,8 @@ def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
     """
     if strategy == "ddp":
         return {}
+    from velora_torch.blocks import repeated_blocks
+
     types = sorted(
         {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     )
