@@ -37,7 +37,7 @@ FINE_TUNED = {
 }
 """What is fine-tuned, by bench."""
 PRE_TRAINED = (
-    *("full", "lora", "galore", "galore-eighth", "galore-twelfth", "apollo", "flora"),
+    *("full", "full-8bit", "lora", "galore", "galore-eighth", "galore-twelfth", "apollo", "flora"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all"),
 )
 """Variants; docs/results/pretraining.md has them all."""
