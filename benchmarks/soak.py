@@ -1,6 +1,6 @@
 """Trains a small model for a long time and looks whether memory grows.
 
-One process takes training steps of the run behind `velora train` (redrawn vectors, accumulation,
+A process takes training steps of the run behind `velora train` (redrawn vectors, accumulation,
 clipping, checkpoints, log lines, safety checks) and notes its resident memory and the bytes of all
 tensors that Python knows, every few seconds. The first tenth of the time counts as warming up.
 Of the rest a line is fitted: its slope, in MiB per hour, goes into a row of results/soak.jsonl.
@@ -70,7 +70,7 @@ class Looks(TrainerCallback):
 
     def compare(self, model: Any, optimizer: Any) -> None:
         """See whether the ranks are equal to the last bit; every rank must call it."""
-        parts = dict(model.state_dict())
+        parts = dict(model.named_parameters()) | dict(model.named_buffers())  # vectors too
         for index, state in enumerate(optimizer.state_dict()["state"].values()):
             held = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
             parts |= {f"optimizer/{index}/{key}": value for key, value in held.items()}
