@@ -1,4 +1,4 @@
-"""Checkpoints in shards that are not what a model wants."""
+"""Checkpoints in shards: what comes back on how many ranks, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.closeness import assert_bitwise
+from tests.distributed.launch import on_ranks
+from tests.distributed.training import Setup, batches, build, distribute, full, make_optimizer
+from velora_torch.checkpoint import load_state, save_state
 from velora_torch.integrations import sharded_checkpoint
 from velora_torch.integrations.sharded_checkpoint import (
     FOLDER,
@@ -25,6 +29,83 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:.*coordinator"),
 ]
+
+
+DENSE = {"gradient": "dense"}
+SETUPS = {
+    "llama-float64": Setup(config={"num_groups": 4}),
+    "llama-float32-late-folds": Setup(
+        config={"num_groups": 4, "fold_every": 3}, dtype=torch.float32, optimizer="sgd"
+    ),
+    "llama-bfloat16": Setup(config={"num_groups": 4, **DENSE}, dtype=torch.bfloat16),
+    "gpt2-float32": Setup(config={"num_groups": 2}, family="gpt2", dtype=torch.float32),
+    "gpt2-bfloat16": Setup(
+        config={"num_groups": 5, "init": "random", **DENSE}, family="gpt2", dtype=torch.bfloat16
+    ),
+    "experts-float64": Setup(config={"num_groups": 3}, family="experts", optimizer="sgd"),
+}
+"""Attention, Conv1D with tied weights, experts; widths that no number of ranks divides."""
+
+
+def everything(model, optimizer):
+    """All that a checkpoint has to bring back, whole."""
+    found = {f"weights/{name}": full(t) for name, t in model.state_dict().items()}
+    found |= {f"parts/{name}": full(t) for name, t in model.named_parameters()}
+    found |= {f"parts/{name}": full(t) for name, t in model.named_buffers()}
+    for number, entries in optimizer.state_dict()["state"].items():
+        found |= {f"optimizer/{number}/{key}": full(value) for key, value in entries.items()}
+    return found
+
+
+def prepared(setup, folder=None):
+    """A model on this rank, and its optimizer; from a checkpoint, if there is one."""
+    several = torch.distributed.is_initialized()
+    model = build(setup)
+    if folder is not None:
+        load_model(folder, model)
+        load_state(model, folder)
+    wrapped = distribute(model, "fsdp2") if several else model
+    optimizer = make_optimizer(setup, [p for p in model.parameters() if p.requires_grad])
+    if folder is not None:
+        ShardedState(optimizer, folder).load_state_dict({})
+    return model, wrapped, optimizer
+
+
+def written(folder):
+    """Train two steps of each set-up on this rank, and write checkpoints."""
+    told, rank, ranks = {}, torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name, setup in SETUPS.items():
+        model, wrapped, optimizer = prepared(setup)
+        for step in batches(setup)[:2]:
+            mine = step[0][rank::ranks]  # FSDP2 wants every rank to reach every expert in use
+            wrapped(input_ids=mine, labels=mine).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        save_shards(folder / name, model, optimizer, write=rank == 0)
+        save_state(model, folder / name)
+        torch.distributed.barrier()
+        told[name] = everything(model, optimizer)
+    return told
+
+
+def read(folder):
+    """What each checkpoint gives this rank."""
+    loaded = {name: prepared(setup, folder / name) for name, setup in SETUPS.items()}
+    return {name: everything(model, optimizer) for name, (model, _, optimizer) in loaded.items()}
+
+
+def test_the_bits_come_back_on_any_number_of_ranks(tmp_path):
+    """Written by four, of which one has no rows of the smallest layers; read by one and by two."""
+    folder = tmp_path / "checkpoints"
+    first, *others = on_ranks(4, written, tmp_path / "write", folder)
+    assert any(name.startswith("optimizer/") for name in first["llama-float64"])
+    found = [*others, read(folder), *on_ranks(2, read, tmp_path / "read", folder)]
+    for told in found:
+        assert told.keys() == SETUPS.keys()
+        for name, expected in first.items():
+            assert told[name].keys() == expected.keys()
+            for key, tensor in expected.items():
+                assert_bitwise(told[name][key], tensor)
 
 
 def stepped(widths=(5, 3), optimizer=torch.optim.AdamW):

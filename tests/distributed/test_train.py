@@ -131,16 +131,16 @@ def _resume(path, given):
 
 @pytest.fixture(scope="module")
 def in_shards(place, tmp_path_factory):
-    """The folder of a run of two processes with checkpoints in shards; and what it ended with."""
+    """The folder of a run of two processes with checkpoints in shards."""
     given = overrides(place, "shards", shard_checkpoints=True)
     folder = tmp_path_factory.mktemp("ranks")
-    (losses, _, sharded), _ = on_ranks(2, go, folder, place / "recipe.yaml", "fsdp2", given)
+    (_, _, sharded), _ = on_ranks(2, go, folder, place / "recipe.yaml", "fsdp2", given)
     assert sharded
-    return place / "shards", losses
+    return place / "shards"
 
 
 def test_each_process_writes_its_shard(in_shards):
-    folder = in_shards[0] / "checkpoint-3"
+    folder = in_shards / "checkpoint-3"
     assert not (folder / "model.safetensors").exists()
     names = [load_file(path) for path in sorted((folder / "shards").glob("*.safetensors"))]
     assert len(names) == 2
@@ -154,9 +154,10 @@ def test_each_process_writes_its_shard(in_shards):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_any_number_of_processes_goes_on_from_shards(place, in_shards, alone, ranks, tmp_path):
-    folder, _ = in_shards
     name = f"shards-{ranks}"
-    shutil.copytree(folder, place / name, ignore=shutil.ignore_patterns("checkpoint-[68]", "final"))
+    shutil.copytree(
+        in_shards, place / name, ignore=shutil.ignore_patterns("checkpoint-[68]", "final")
+    )
     given = overrides(place, name, batch_size=8 // ranks, shard_checkpoints=True)
     path = place / "recipe.yaml"
     if ranks == 1:
@@ -171,7 +172,7 @@ def test_any_number_of_processes_goes_on_from_shards(place, in_shards, alone, ra
 
 def test_an_interrupted_run_in_shards_is_exported(place, in_shards, tmp_path):
     """As one whole file, which has the weights of a checkpoint that is whole itself."""
-    for name, source in (("in-shards", in_shards[0]), ("in-one", place / "alone")):
+    for name, source in (("in-shards", in_shards), ("in-one", place / "alone")):
         left_out = shutil.ignore_patterns("final", "checkpoint-[68]")
         shutil.copytree(source, place / name, ignore=left_out)
         export_run(place / name, tmp_path / name, lora=False)
@@ -188,7 +189,7 @@ def test_an_interrupted_run_in_shards_is_exported(place, in_shards, tmp_path):
 
 def test_damaged_shards_are_known_before_training(place, in_shards):
     shutil.copytree(
-        in_shards[0], place / "cut", ignore=shutil.ignore_patterns("final", "checkpoint-8")
+        in_shards, place / "cut", ignore=shutil.ignore_patterns("final", "checkpoint-8")
     )
     for step in (3, 6):
         shard = place / "cut" / f"checkpoint-{step}" / "shards"

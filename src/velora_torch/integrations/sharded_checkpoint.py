@@ -84,7 +84,6 @@ def save_shards(folder: str | Path, model: nn.Module, optimizer: Any, write: boo
         content = {
             "format": FORMAT,
             "param_groups": state["param_groups"],
-            "numbers": [int(number) for number in state["state"]],
             "others": others,
         }
         write_whole(target / JSON_FILE, json.dumps(content))
@@ -96,25 +95,15 @@ def load_model(folder: str | Path, model: nn.Module) -> None:
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    there = {
-        name.removeprefix(MODEL): one.size
-        for name, one in _stored(folder).items()
-        if name.startswith(MODEL)
-    }
-    here = _distinct(model)
-    different = {
-        name
-        for name in there.keys() | here.keys()
-        if name not in there or name not in here or there[name] != here[name].shape
-    }
+    there, here = whole_weights(folder), _distinct(model)
+    different = there.keys() ^ here.keys()
+    different |= {name for name in there.keys() & here if there[name].shape != here[name].shape}
     if different:
         raise ValueError(
             f"{Path(folder) / FOLDER} is of another model: {len(different)} weights are missing "
             f"or have another shape there or here, such as {min(different)}"
         )
-    found = {name: torch.empty_like(tensor) for name, tensor in here.items()}
-    _read(folder, {f"{MODEL}{name}": tensor for name, tensor in found.items()})
-    model.load_state_dict(found, strict=False)  # of tied weights the names lack all but one
+    model.load_state_dict(there, strict=False)  # of tied weights the names lack all but one
 
 
 def whole_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -153,7 +142,7 @@ class ShardedState:
         try:
             content = json.loads(path.read_bytes())
             form, groups = content["format"], content["param_groups"]
-            numbers, others = content["numbers"], content["others"]
+            found = {int(number): dict(entries) for number, entries in content["others"].items()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); use another checkpoint") from None
         if form != FORMAT:
@@ -161,13 +150,12 @@ class ShardedState:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         if len(parameters) != sum(len(group["params"]) for group in groups):
             raise ValueError(f"{path} is of another model: it has another number of parameters")
-        found = {number: dict(others.get(str(number), {})) for number in numbers}
         targets: dict[str, Tensor] = {}
         for name, one in _stored(self._folder).items():
             if name.startswith(OPTIMIZER):
-                number, _, key = name.removeprefix(OPTIMIZER).partition(".")
-                targets[name] = _empty(parameters[int(number)], one)
-                found[int(number)][key] = targets[name]
+                text, _, key = name.removeprefix(OPTIMIZER).partition(".")
+                targets[name] = _empty(parameters[int(text)], one)
+                found.setdefault(int(text), {})[key] = targets[name]
         _read(self._folder, targets)
         self._optimizer.load_state_dict({"state": found, "param_groups": groups})
 

@@ -15,21 +15,18 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from velora_torch.checkpoint import save_state
 from velora_torch.integrations.sharded_checkpoint import (
     ShardedState,
     has_shards,
     load_model,
     save_shards,
 )
-from velora_torch.layers.adapter import compressed_adapters
-from velora_torch.model import compressed_layers
 from velora_torch.pickles import check_pickles
 from velora_torch.sharding import as_sharded, whole
 
 
 class ShardedTrainerMixin:
-    """Put before `Trainer` or a class of its kind."""
+    """Put before `VeloraTrainerMixin`, and that before `Trainer` or a class of its kind."""
 
     is_fsdp_enabled: bool
     model: Any
@@ -78,8 +75,7 @@ class ShardedTrainerMixin:
                 if part is not None:
                     part.save_pretrained(output_dir)
         save_shards(output_dir, self.model, self.optimizer, self.args.should_save)
-        if compressed_layers(self.model) or compressed_adapters(self.model):
-            save_state(self.model, output_dir, self.args.should_save)
+        self._save_compressed(output_dir)  # type: ignore[attr-defined]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

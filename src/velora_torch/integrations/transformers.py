@@ -52,9 +52,7 @@ class VeloraTrainerMixin:
         """
         with bases_alone(), _own_names(self.model, _internal_call):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        compressed = compressed_layers(self.model) or compressed_adapters(self.model)
-        if compressed:
-            save_state(self.model, output_dir or self.args.output_dir, self.args.should_save)
+        self._save_compressed(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_shards(Path(resume_from_checkpoint))
@@ -65,6 +63,10 @@ class VeloraTrainerMixin:
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
         self._load_compressed(self.state.best_model_checkpoint)
+
+    def _save_compressed(self, folder: str) -> None:
+        if compressed_layers(self.model) or compressed_adapters(self.model):
+            save_state(self.model, folder, self.args.should_save)
 
     def _load_compressed(self, folder: str) -> None:
         layers = compressed_layers(self.model)
