@@ -31,7 +31,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-__getattr__ = lazy.names(
+__getattr__, __dir__ = lazy.names(
     __name__,
     {
         "VeloraConfig": "config",
@@ -46,7 +46,3 @@ __getattr__ = lazy.names(
         "summary": "overview",
     },
 )
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

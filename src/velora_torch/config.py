@@ -6,17 +6,16 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any, Literal, get_args
 
 Init = Literal["average", "running_average", "batch_average", "random", "rademacher", "svd"]
 Vectors = Literal["shared", "per_group"]
 Gradient = Literal["factored", "dense"]
 Rounding = Literal["stochastic", "nearest"]
 Purpose = Literal["lora", "full", "pretrain"]
-Targets: TypeAlias = "str | Iterable[str] | Callable[[str, nn.Module], bool]"
+Targets = str | Iterable[str] | Callable[[str, Any], bool]
+"""The callable takes a name and its ``nn.Module``, which is not written here: a recipe is checked
+without importing PyTorch."""
 
 DEFAULT_NUM_GROUPS = 32
 RANDOM: tuple[Init, ...] = ("random", "rademacher")

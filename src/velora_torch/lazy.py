@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import Any
 
 
-def names(package: str, homes: Mapping[str, str | None]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package (PEP 562).
+def names(
+    package: str, homes: Mapping[str, str | None]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The ``__getattr__`` and ``__dir__`` of a package (PEP 562).
 
     Args:
         package: its ``__name__``.
@@ -29,4 +31,7 @@ def names(package: str, homes: Mapping[str, str | None]) -> Callable[[str], Any]
         setattr(sys.modules[package], name, found)
         return found
 
-    return find
+    def listed() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return find, listed

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from velora_torch import ranks
+from velora_torch.compiling import uncompiled
 from velora_torch.config import RANDOM, VeloraConfig
 from velora_torch.layers.adapter_sites import FindProducts, Product
 from velora_torch.layers.base import _compute_dtype, _in_transform
@@ -135,7 +136,7 @@ class CompressedAdapter(nn.Module):
         del self.__dict__["velora_adapter"]
         self.__class__ = self.plain_class  # type: ignore[assignment]
 
-    @torch._disable_dynamo
+    @uncompiled
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The adapter's own forward; its products with trained operands keep z instead of x."""
         x = plain(x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from velora_torch.compiling import uncompiled
 from velora_torch.layers.adapter_sites import LINEAR, MATMUL, operands
 from velora_torch.layers.base import CompressedLayer
 from velora_torch.recomputation.deferred import METADATA, plain
@@ -42,7 +43,7 @@ class CompressedOwnForward(CompressedLayer):
 
     transposed = False
 
-    @torch._disable_dynamo
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward; its products with the weight keep z instead of x."""
         args = tuple(plain(value) for value in args)

@@ -26,7 +26,7 @@ __all__ = [
     "simulate",
 ]
 
-__getattr__ = lazy.names(
+__getattr__, __dir__ = lazy.names(
     __name__,
     {
         "Ledger": "ledger.ledger",
@@ -42,7 +42,3 @@ __getattr__ = lazy.names(
         "simulate": "simulator.simulate",
     },
 )
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

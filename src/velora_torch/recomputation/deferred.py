@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils import _pytree as pytree
 
+from velora_torch.compiling import uncompiled
 from velora_torch.recomputation.replay import replay
 
 
@@ -128,7 +129,7 @@ class Deferred(Tensor):
                     _Follow.apply(self, value)
 
     @classmethod
-    @torch._disable_dynamo
+    @uncompiled
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

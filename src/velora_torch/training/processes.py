@@ -130,7 +130,7 @@ def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
     """
     if strategy == "ddp":
         return {}
-    from velora_torch.blocks import repeated_blocks
+    from velora_torch.blocks import repeated_blocks  # needs PyTorch, which a recipe's check doesn't
 
     types = sorted(
         {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
