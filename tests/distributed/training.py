@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import velora_torch as velora
+from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.model import compressed_layers
 
 BATCH, LENGTH, VOCABULARY = 8, 6, 48
@@ -110,6 +111,12 @@ def build(setup: Setup) -> nn.Module:
 
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(model, config).to(setup.dtype)  # type: ignore[arg-type]
+    elif setup.method == "loha":  # computes with its parameters itself
+        from peft import LoHaConfig, get_peft_model
+
+        targets = ["q_proj", "up_proj"]
+        config = LoHaConfig(r=4, target_modules=targets, init_weights=False)
+        model = get_peft_model(model, config).to(setup.dtype)  # type: ignore[arg-type]
     return velora.compress(model.train(), velora.VeloraConfig(**setup.config))
 
 
@@ -170,6 +177,9 @@ def train(setup: Setup) -> dict[str, Tensor]:
     result = {name: full(p) for name, p in model.named_parameters()}
     layers = compressed_layers(model)
     result |= {f"{n}.vectors": layer.velora_vectors.clone() for n, layer in layers.items()}
+    for name, adapter in compressed_adapters(model).items():
+        for key, site in adapter.velora_adapter.sites.items():
+            result[f"{name}.{key}.vectors"] = site.vectors.clone()
     return result
 
 

@@ -219,3 +219,16 @@ def test_direction_of_pending_coefficients_is_not_mixed():
     assert not adamw.state
     velora.fold(model)
     step(model, adamw, batches(1)[0])
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_deepspeeds_adam_is_taken_for_torchs(decoupled):
+    """Its kernels have to be compiled; here is a class of their name that computes as they do."""
+    base = AdamW if decoupled else torch.optim.Adam
+    body = {"__module__": "deepspeed.ops.adam.fused_adam", "adam_w_mode": decoupled}
+    kind = type("FusedAdam", (base,), {**body, "step": lambda self, closure=None: None})
+    rule = optimizers.rule_for(kind([torch.nn.Parameter(torch.zeros(1))]))
+    assert rule.direction == "sign"
+    assert rule.moments == ("exp_avg",)
+    assert rule.decay({"lr": 0.5, "weight_decay": 0.5}) == (0.75 if decoupled else 1.0)
+    assert (rule.refuse({"weight_decay": 0.5}) is None) == decoupled

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from velora_torch.checkpoint import load_state, save_state
+from velora_torch.integrations.deepspeed import split_by_type
 from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.layers.quantized import CompressedQuantized, bases_alone
 from velora_torch.layers.scale_shift import ScaleShift
@@ -33,6 +34,7 @@ class VeloraTrainerMixin:
     model: Any
     args: Any
     state: Any
+    is_deepspeed_enabled: bool
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         """As the trainer's own; takes a quantised model whose coefficients train."""
@@ -44,6 +46,16 @@ class VeloraTrainerMixin:
         names: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
         modules = dict(model.named_modules())
         return [n for n in names if not isinstance(modules[n.rpartition(".")[0]], ScaleShift)]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; for DeepSpeed with a group for each type of parameter.
+
+        It flattens a group into one tensor, and coefficients are float32 beside any weights.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self.is_deepspeed_enabled:
+            split_by_type(optimizer)
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save plain weights, and the state of the compressed layers next to them.
@@ -59,6 +71,11 @@ class VeloraTrainerMixin:
         check_pickles(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         self._load_compressed(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if self.is_deepspeed_enabled and checkpoint is not None:  # whose engine loaded the rest
+            self._load_compressed(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from velora_torch import ranks
 from velora_torch.compiling import uncompiled
 from velora_torch.config import RANDOM, VeloraConfig
+from velora_torch.integrations import deepspeed
 from velora_torch.layers.adapter_sites import FindProducts, Product
 from velora_torch.layers.base import _compute_dtype, _in_transform
 from velora_torch.layers.drawing import random_vectors, vectors_from
@@ -294,12 +295,17 @@ def compressed_adapters(model: nn.Module) -> dict[str, CompressedAdapter]:
 def watch() -> None:
     """Notice every optimizer's steps, once in a process."""
     register_optimizer_step_post_hook(_after_step)
+    deepspeed.watch_steps(lambda zero: None, lambda zero: _stepped(deepspeed.parts(zero)))
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _stepped((group["params"], group) for group in optimizer.param_groups)
+
+
+def _stepped(parts: Iterable[tuple[Iterable[Tensor], Any]]) -> None:
     if not ADAPTERS:
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for parameters, _ in parts for p in parameters}
     for adapter in list(ADAPTERS):
         if any(id(p) in held for p in adapter.parameters()):
             adapter.after_step()

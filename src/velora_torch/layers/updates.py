@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from velora_torch.config import RANDOM
+from velora_torch.integrations.deepspeed import clear_master
 from velora_torch.layers.watching import WatchedCoefficients
 from velora_torch.sharding import Block, as_sharded, block_of, is_sharded, like, local, rows_of
 from velora_torch.subtoken import vectors as choose
@@ -110,6 +111,7 @@ class FoldedUpdates(WatchedCoefficients):
                 self.velora_delta = as_sharded(self.velora_delta, coef.detach())
             self.velora_delta.add_(coef.detach())
         coef.zero_()
+        clear_master(coef)
         state.pending = False
         self._note_seen()
 

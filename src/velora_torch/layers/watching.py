@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from velora_torch.integrations.deepspeed import notice, takes_gradients
 from velora_torch.layers.protocol import PlainOutside
 from velora_torch.layers.tensor_parallel import localise, shards
 from velora_torch.sharding import is_sharded
@@ -46,6 +47,7 @@ class WatchedCoefficients(PlainOutside):
             this, trains = weakref.ref(self), coef.requires_grad
 
             def accumulated(parameter: Tensor) -> None:
+                notice()
                 layer, grad = this(), parameter.grad
                 if layer is not None and grad is not None:
                     layer._mark = (id(grad), grad._version)
@@ -98,7 +100,7 @@ class WatchedCoefficients(PlainOutside):
         Then something may have trained ``coef`` in a way that torch does not count as a change
         (writes to ``coef.data``, kernels of other libraries).
         """
-        if self._mark is None:
+        if self._mark is None or takes_gradients(self.coef):
             return False
         grad = self.coef.grad
         return grad is None or (id(grad), grad._version) != self._mark

@@ -77,7 +77,7 @@ class RecordingMixin(VeloraTrainerMixin):
         if self.own_optimizer is not None and self.optimizer is None:
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)
         for pattern, rate in self.layer_rates.items():
             _give_own_rate(optimizer, parameters_in(self.model, pattern), rate)
         if self.head_rate is not None:
