@@ -39,6 +39,7 @@ FINE_TUNED = {
 PRE_TRAINED = (
     *("full", "full-8bit", "lora", "galore", "galore-eighth", "galore-twelfth", "apollo", "flora"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all"),
+    *("velora-value-down-8bit", "velora-all-8bit"),
 )
 """Variants; docs/results/pretraining.md has them all."""
 TIMED = (

@@ -50,6 +50,8 @@ VARIANTS = (
     Variant("velora-all-m4", "VeLoRA: all, M = 4", "full"),
     Variant("velora-all-m16", "VeLoRA: all, M = 16", "full"),
     Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
+    Variant("velora-value-down-8bit", "VeLoRA: v, down, 8-bit AdamW", "full"),
+    Variant("velora-all-8bit", "VeLoRA: all, 8-bit AdamW", "full"),
     Variant("velora-all-gc", "VeLoRA: all, + gradient checkpointing", "full"),
 )
 
@@ -86,6 +88,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-all-m4": {"velora": _velora(ALL_LINEAR, 4, **REDRAWN)},
     "velora-all-m16": {"velora": _velora(ALL_LINEAR, 16, **REDRAWN)},
     "velora-all-m32": {"velora": _velora(ALL_LINEAR, 32, **REDRAWN)},
+    "velora-value-down-8bit": {"velora": _velora(VALUE_AND_DOWN)},
+    "velora-all-8bit": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
     "velora-all-gc": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
 }
 """What is compressed, by variant."""
@@ -162,7 +166,7 @@ def method(
     projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
     if variant.endswith("-gc"):
         train["gradient_checkpointing"] = True
-    elif variant == "full-8bit":
+    elif variant.endswith("-8bit"):
         train["optimizer"] = "adamw_bnb_8bit"
     elif variant == "lora":
         top |= {
