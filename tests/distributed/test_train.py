@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
@@ -25,6 +26,7 @@ from tests.training import tiny
 from tests.training.pretraining import texts
 from velora_torch.layers.watching import LIVE
 from velora_torch.sharding import is_sharded
+from velora_torch.training import processes
 from velora_torch.training.exporting import export_run
 from velora_torch.training.folder import FolderError
 from velora_torch.training.processes import check_strategy, sharding
@@ -233,6 +235,24 @@ def test_the_command_under_torchrun(place):
     assert ran.stdout.count("Results:") == 1
     assert (place / "command" / "final" / "model.safetensors").is_file()
     assert torch.isfinite(next(iter(final(place / "command").values()))).all()
+
+
+def lose_one():
+    """What the first process learns when the second one is gone in the middle of a run."""
+    try:
+        with processes.joined():
+            if dist.get_rank():
+                os._exit(0)
+            processes.any_of(True)
+    except processes.LostProcessError as error:
+        return str(error)
+
+
+def test_a_lost_process_is_a_message(tmp_path):
+    torch.save(None, tmp_path / "result-1")  # which it can't give
+    message, _ = on_ranks(2, lose_one, tmp_path)
+    assert "process 0 of 2 has lost another one" in message
+    assert "--resume" in message
 
 
 def test_sharding_needs_processes(place):

@@ -30,9 +30,17 @@ def count() -> int:
     return int(asked)
 
 
+class LostProcessError(OSError):
+    """Another process of the run has ended, so that this one can't go on."""
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Make this process one of those that were started together, while this is open."""
+    """Make this process one of those that were started together, while this is open.
+
+    Raises:
+        LostProcessError: another one has ended.
+    """
     global _control
     if count() == 1:
         yield
@@ -46,9 +54,24 @@ def joined() -> Iterator[None]:
     try:
         yield
         dist.barrier(_control)
+    except RuntimeError as error:
+        if not _tells_of_a_loss(error):
+            raise
+        raise LostProcessError(
+            f"process {os.environ.get('RANK', '0')} of {count()} has lost another one, whose own "
+            f"last lines say why ({str(error).splitlines()[0]}). Start all again with --resume: "
+            f"the last checkpoint is whole"
+        ) from error
     finally:
         _control = None
         dist.destroy_process_group()
+
+
+def _tells_of_a_loss(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    lost = (dist.DistNetworkError, dist.DistBackendError)
+    return isinstance(error, lost) or "gloo/transport" in str(error)
 
 
 def is_first() -> bool:
