@@ -98,6 +98,27 @@ def test_two_processes_train_as_one(place, alone, strategy, tmp_path):
         assert_close(found[name], tensor, 1e-4)
 
 
+def test_weights_in_bfloat16_beside_coefficients_in_float32(place, tmp_path):
+    """FSDP2 gets norms and embeddings apart from the coefficients, whose type is another."""
+    path, more = place / "recipe.yaml", ["dtype=bfloat16"]
+    losses, _, _ = go(path, "ddp", [*overrides(place, "half", batch_size=8), *more])
+    given = [*overrides(place, "half-sharded", shard_checkpoints=True), *more]
+    first, _ = on_ranks(2, go, tmp_path, path, "fsdp2", given)
+    assert first[2]
+    assert first[0] == pytest.approx(losses, rel=1e-2)
+    expected = final(place / "half")
+    for name, tensor in final(place / "half-sharded").items():
+        assert tensor.dtype == torch.bfloat16
+        assert_close(tensor, expected[name], 5e-2)
+    for name in ("checkpoint-6", "checkpoint-8"):
+        (place / "half-sharded" / name).rename(place / name)
+    again, said, _ = go(
+        path, "ddp", [*overrides(place, "half-sharded", batch_size=8), *more], resume=True
+    )
+    assert any("going on from" in line for line in said)
+    assert again == pytest.approx(losses, rel=1e-2)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_another_number_of_processes_goes_on(place, alone, strategy, tmp_path):
     """From a checkpoint of two processes with one; and the other way round."""
@@ -271,12 +292,28 @@ def test_a_start_for_deepspeed_is_refused(place):
     assert not (place / "deepspeed").exists()
 
 
-def test_weights_of_another_type_than_the_coefficients_are_not_sharded():
-    model = velora_torch.compress(
-        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).bfloat16(),
-        velora_torch.VeloraConfig(num_groups=2),
-    )
+def test_what_is_of_another_type_than_the_coefficients_is_sharded_apart():
+    layers = [torch.nn.Linear(8, 8, bias=False), torch.nn.LayerNorm(8)]
+    config = velora_torch.VeloraConfig(num_groups=2)
+    model = velora_torch.compress(torch.nn.Sequential(*layers).bfloat16(), config)
     assert sharding("ddp", model) == {}
-    with pytest.raises(ValueError, match=r"bfloat16, float32 .*set dtype: float32"):
+    kinds = sharding("fsdp2", model)["fsdp_config"]["transformer_layer_cls_to_wrap"]
+    assert kinds == ["LayerNorm"]
+    assert sharding("fsdp2", model.float())["fsdp_config"]["auto_wrap_policy"] == "NO_WRAP"
+
+
+def test_a_layer_of_two_types_is_not_sharded():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).bfloat16()
+    velora_torch.compress(model, velora_torch.VeloraConfig(num_groups=2))
+    with pytest.raises(ValueError, match=r"'0' has bfloat16, float32 .*set dtype: float32"):
         sharding("fsdp2", model)
     assert sharding("fsdp2", model.float())["fsdp"]
+
+
+def test_a_shared_weight_of_another_type_is_not_sharded():
+    layers = [torch.nn.Linear(8, 8, bias=False) for _ in range(3)]
+    layers[2].weight = layers[1].weight
+    model = torch.nn.Sequential(*layers).bfloat16()
+    velora_torch.compress(model, velora_torch.VeloraConfig(num_groups=2, targets=["0"]))
+    with pytest.raises(ValueError, match=r"'1' has bfloat16 and shares its weight"):
+        sharding("fsdp2", model)

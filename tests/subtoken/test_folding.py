@@ -201,7 +201,9 @@ def test_noise_is_uniform_and_pairwise_uncorrelated():
     seeds = 4000
     noise = torch.stack(
         [
-            folding._Noise(Block(0, 0, 3, 4), 4, seed, torch.device("cpu")).rows(0, 3)
+            folding._Noise(Block(0, 0, 3, 4), torch.Size((3, 4)), seed, torch.device("cpu")).rows(
+                0, 3
+            )
             for seed in range(seeds)
         ]
     )
@@ -222,3 +224,15 @@ def test_noise_is_uniform_and_pairwise_uncorrelated():
     flat = noise.double().flatten(1)
     correlation = torch.corrcoef(flat.T).fill_diagonal_(0)
     assert correlation.abs().max() < 4.5 / math.sqrt(seeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 7), slice(6, 7), slice(7, 7)])
+def test_a_block_of_rows_gets_the_bits_of_the_whole_fold(rows, dtype):
+    """As a rank folds its shard, stochastic rounding included."""
+    torch.manual_seed(0)
+    weight, coef, e = torch.randn(7, 12).to(dtype), torch.randn(7, 4) / 9, torch.randn(4, 3)
+    whole, part = weight.clone(), weight[rows].clone()
+    fold_(whole, coef, e, 0.9, stochastic_seed=5)
+    fold_(part, coef[rows], e, 0.9, stochastic_seed=5, block=Block(rows.start, 0, 7, 12))
+    assert_bitwise(part, whole[rows])

@@ -44,7 +44,7 @@ def fold_(
     half = weight_OD.dtype in (torch.bfloat16, torch.float16)
     noise = None
     if half and stochastic_seed is not None:
-        noise = _Noise(block, features, stochastic_seed, weight_OD.device)
+        noise = _Noise(block, weight_OD.shape, stochastic_seed, weight_OD.device)
         if weight_OD.device.type == "cpu":  # see _round_stochastically_
             coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
             decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
@@ -83,13 +83,14 @@ class _Noise:
     uncorrelated errors asks for.
     """
 
-    def __init__(self, block: Block, features: int, seed: int, device: torch.device) -> None:
+    def __init__(self, block: Block, shape: torch.Size, seed: int, device: torch.device) -> None:
         generator, whole = torch.Generator(device).manual_seed(seed), (block.rows, block.columns)
         numbers = torch.randint(
             0, 1 << 16, (sum(whole),), generator=generator, device=device, dtype=torch.int32
         )
         a_O, b_D = numbers.split(whole)
-        self._a_O, self._b_D = a_O[block.row :], b_D[block.column : block.column + features]
+        self._a_O = a_O[block.row : block.row + shape[0]]
+        self._b_D = b_D[block.column : block.column + shape[1]]
 
     def rows(self, start: int, count: int) -> Tensor:
         """Noise of ``count`` rows from ``start``, int32 in [0, 2^16)."""

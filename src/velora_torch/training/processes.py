@@ -155,16 +155,8 @@ def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
         return {}
     from velora_torch.blocks import repeated_blocks  # needs PyTorch, which a recipe's check doesn't
 
-    types = sorted(
-        {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
-    )
-    if len(types) > 1:
-        raise ValueError(
-            f"--strategy fsdp2 wants one type for all that trains, and here are {', '.join(types)} "
-            f"(VeLoRA's coefficients are float32): set dtype: float32, with train.autocast: true "
-            f"to compute in bfloat16"
-        )
-    kinds = {type(block).__name__ for _, blocks in repeated_blocks(model) for block in blocks}
+    blocks = [block for _, found in repeated_blocks(model) for block in found]
+    kinds = {type(block).__name__ for block in blocks} | _of_another_type(model, blocks)
     policy = {"auto_wrap_policy": "NO_WRAP"}
     if kinds:
         policy = {
@@ -172,6 +164,42 @@ def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
             "transformer_layer_cls_to_wrap": sorted(kinds),  # type: ignore[dict-item]
         }
     return {"fsdp": True, "fsdp_config": {"version": 2, **policy}}
+
+
+def _of_another_type(model: Any, blocks: list[Any]) -> set[str]:
+    """Classes of what is to be sharded apart: FSDP2 wants one type for all that trains in a group.
+
+    Coefficients are float32; norms beside them, say, may have 16 bits.
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    rest = [module for module in model.modules() if id(module) not in inside]
+    apart: set[str] = set()
+    for group in [*([*block.modules()] for block in blocks), rest]:
+        types = [_trained_types(module) for module in group]
+        if len(set().union(*types)) > 1:
+            other = zip(group, types, strict=True)
+            apart |= {type(module).__name__ for module, own in other if own - {"float32"}}
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    for name, module in model.named_modules():
+        types_here = _trained_types(module)
+        shared = any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
+        if type(module).__name__ in apart and (len(types_here) > 1 or shared):
+            raise ValueError(
+                f"--strategy fsdp2 wants one type for all that trains in a layer, and "
+                f"{name!r} has {', '.join(sorted(types_here))}"
+                f"{' and shares its weight' if shared else ''} (VeLoRA's coefficients are "
+                f"float32): set dtype: float32, with train.autocast: true to compute in bfloat16"
+            )
+    return apart
+
+
+def _trained_types(module: Any) -> set[str]:
+    """The types of a module's own parameters that train."""
+    own = module.parameters(recurse=False)
+    return {str(p.dtype).removeprefix("torch.") for p in own if p.requires_grad}
 
 
 def shard_on_cpus(accelerator: Any, plugin: dict[str, Any]) -> bool:
