@@ -75,7 +75,7 @@ def _before_step(
         return None
     trained = _trained(_parts(optimizer))
     if not trained:
-        _refuse_copies([[p for layer in LIVE if deepspeed.is_taken(p := _what_trains(layer))]])
+        _refuse_copies([filter(deepspeed.is_taken, map(_what_trains, LIVE))])
     rule, factored = _check(optimizer, _parts(optimizer), trained)
     _AWAITED.update(layer for layer, _ in trained)
     if rule is None:  # dense gradients alone: the optimizer needs nothing of us
@@ -169,11 +169,6 @@ def _before_zero(zero: Any) -> None:
         _prepare(factored, functools.partial(deepspeed.turn_moments, zero, rule), always=True)
 
 
-def _refuse_copies(held: Iterable[Iterable[Tensor]]) -> None:
-    for layer, _ in _trained((parameters, {}) for parameters in held):
-        deepspeed.refuse(layer.velora.name)
-
-
 def _after_zero(zero: Any) -> None:
     """Fold at every step: each process zeroes its piece of the float32 copies, all together."""
     rule = None
@@ -185,6 +180,12 @@ def _after_zero(zero: Any) -> None:
         layer.after_step(rule.direction, rule.decay(group))
         if layer.velora.pending and layer.velora.config.fold_every is not None:
             layer.fold()
+
+
+def _refuse_copies(held: Iterable[Iterable[Tensor]]) -> None:
+    """Refuse parameters of which DeepSpeed steps copies, if they train compressed layers."""
+    for layer, _ in _trained((parameters, {}) for parameters in held):
+        deepspeed.refuse(layer.velora.name)
 
 
 def _skipped(optimizer: Optimizer) -> bool:

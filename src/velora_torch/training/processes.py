@@ -59,8 +59,8 @@ def joined() -> Iterator[None]:
             raise
         raise LostProcessError(
             f"process {os.environ.get('RANK', '0')} of {count()} has lost another one, whose own "
-            f"last lines say why ({str(error).splitlines()[0]}). Start all again with --resume: "
-            f"the last checkpoint is whole"
+            f"last lines say why ({str(error).splitlines()[0]}). Start all again, with --resume to go "
+            f"on from the last checkpoint if there is one"
         ) from error
     finally:
         _control = None
@@ -68,10 +68,11 @@ def joined() -> Iterator[None]:
 
 
 def _tells_of_a_loss(error: RuntimeError) -> bool:
+    """Whether a backend's error is about another process; others are of this one's making."""
     import torch.distributed as dist
 
-    lost = (dist.DistNetworkError, dist.DistBackendError)
-    return isinstance(error, lost) or "gloo/transport" in str(error)
+    said = ("gloo/transport", "ncclRemoteError")
+    return isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in said)
 
 
 def is_first() -> bool:
