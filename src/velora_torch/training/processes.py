@@ -59,8 +59,8 @@ def joined() -> Iterator[None]:
             raise
         raise LostProcessError(
             f"process {os.environ.get('RANK', '0')} of {count()} has lost another one, whose own "
-            f"last lines say why ({str(error).splitlines()[0]}). Start all again, with --resume to go "
-            f"on from the last checkpoint if there is one"
+            f"last lines say why ({str(error).splitlines()[0]}). Start all again, with --resume "
+            f"to go on from the last checkpoint if there is one"
         ) from error
     finally:
         _control = None
