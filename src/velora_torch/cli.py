@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 try:
     import typer
@@ -65,8 +65,11 @@ def train(
         bool, typer.Option("--dry-run", help="Check the recipe, its files and names, and stop.")
     ] = False,
     strategy: Annotated[
-        str, typer.Option(help="Under torchrun: ddp, a whole model in each process; or fsdp2.")
-    ] = "ddp",
+        str | None,
+        typer.Option(
+            help="Under torchrun: ddp, a whole model in each process; fsdp2, a shard; zero1, zero2."
+        ),
+    ] = None,
     trust_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a model as a recipe says; ends with a checkpoint, results.json and report.html."""
@@ -76,16 +79,16 @@ def train(
     if print_config:
         typer.echo(recipe_to_yaml(loaded), nl=False)
         return
-    from velora_torch.integrations.deepspeed import check_launch
     from velora_torch.training.data import check_sources
     from velora_torch.training.models import check_settings
     from velora_torch.training.output import check_output
-    from velora_torch.training.processes import Strategy, check_strategy, is_first
+    from velora_torch.training.processes import is_first
+    from velora_torch.training.strategies import check_trained, chosen
 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    check_launch()
-    check_strategy(strategy)
+    sharing = chosen(strategy)
+    check_trained(sharing, loaded.train, loaded.memory_budget)
     check_output(loaded.train.output, resume)
     check_settings(loaded)
     check_sources(loaded)
@@ -102,9 +105,8 @@ def train(
     from velora_torch.training.run import Options, run
 
     console = Console(highlight=False, soft_wrap=True)
-    options = Options(
-        shlex.join(["velora", *sys.argv[1:]]), resume, overwrite, strategy=cast(Strategy, strategy)
-    )
+    command = shlex.join(["velora", *sys.argv[1:]])
+    options = Options(command, resume, overwrite, strategy=sharing)
     results = run(loaded, options, lambda line: console.print(line, markup=False))
     if is_first():
         if results.before or results.after:

@@ -22,7 +22,6 @@ from tests.closeness import assert_bitwise, assert_close
 from tests.distributed import training, zero
 from tests.distributed.launch import on_ranks
 from tests.distributed.training import Setup
-from velora_torch.integrations.deepspeed import check_launch
 
 installed = pytest.mark.skipif(not zero.is_installed(), reason="`make test` installs DeepSpeed")
 
@@ -200,17 +199,3 @@ def test_plain_models_are_nobodys_affair():
     before = flat.detach().clone()
     optimizer.step()
     assert (flat.detach() - before).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("value", ["true", "1"])
-def test_runs_started_for_deepspeed_are_refused(monkeypatch, value):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", value)
-    with pytest.raises(ValueError, match="ACCELERATE_USE_DEEPSPEED"):
-        check_launch()
-
-
-def test_other_processes_are_not(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    check_launch()
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    check_launch()

@@ -22,65 +22,16 @@ from transformers import AutoModelForCausalLM
 import velora_torch
 from tests.closeness import assert_close
 from tests.distributed.launch import on_ranks
-from tests.training import tiny
-from tests.training.pretraining import texts
-from velora_torch.layers.watching import LIVE
-from velora_torch.sharding import is_sharded
+from tests.distributed.runs import final, go, overrides
 from velora_torch.training import processes
 from velora_torch.training.exporting import export_run
 from velora_torch.training.folder import FolderError
-from velora_torch.training.processes import check_strategy, sharding
 from velora_torch.training.recipe import load_recipe
 from velora_torch.training.run import Options, run
+from velora_torch.training.strategies import chosen, sharding
 from velora_torch.training.trainer import RecordingMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-
-
-def go(path, strategy, overrides, **options):
-    """Train; the losses, what was said, and whether coefficients were sharded."""
-    said = []
-    options = Options(report=False, strategy=strategy, **options)
-    results = run(load_recipe(path, overrides), options, said.append)
-    sharded = any(is_sharded(layer._parameters["coef"]) for layer in LIVE)
-    return [point.loss for point in results.history], said, sharded
-
-
-def final(folder):
-    return load_file(f"{folder}/final/model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    former = os.environ.get("VELORA_CACHE")
-    os.environ["VELORA_CACHE"] = str(folder / "cache")
-    corpus = texts.save_jsonl(folder / "corpus.jsonl", texts.documents())
-    written = texts.recipe_dict(
-        texts.save_config(folder / "small.json"),
-        corpus,
-        folder / "run",
-        velora={"sub_token_size": 4, "refresh_every": 3},
-    )
-    tiny.save_recipe(folder / "recipe.yaml", written)
-    yield folder
-    del os.environ["VELORA_CACHE"]
-    if former is not None:
-        os.environ["VELORA_CACHE"] = former
-
-
-def overrides(place, name, **more):
-    settings = {"steps": 8, "save_every": 3, "keep": 9, "batch_size": 4, **more}
-    given = [f"train.{key}={value}" for key, value in settings.items()]
-    return [*given, "train.tokens=null", "evaluate.max_examples=8", f"train.output={place / name}"]
-
-
-@pytest.fixture(scope="module")
-def alone(place):
-    """One process with all examples of a step."""
-    losses, _, sharded = go(place / "recipe.yaml", "ddp", overrides(place, "alone", batch_size=8))
-    assert not sharded
-    return losses, final(place / "alone")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -278,18 +229,7 @@ def test_a_lost_process_is_a_message(tmp_path):
 
 def test_sharding_needs_processes(place):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
-        check_strategy("fsdp2")
-
-
-def test_a_start_for_deepspeed_is_refused(place):
-    command = [sys.executable, "-m", "velora_torch", "train", str(place / "recipe.yaml")]
-    command += overrides(place, "deepspeed")
-    environment = os.environ | {"ACCELERATE_USE_DEEPSPEED": "true"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode != 0
-    assert "Traceback" not in ran.stderr
-    assert "--strategy fsdp2" in " ".join(ran.stderr.split())
-    assert not (place / "deepspeed").exists()
+        chosen("fsdp2")
 
 
 def test_what_is_of_another_type_than_the_coefficients_is_sharded_apart():

@@ -9,7 +9,6 @@ are whole in every process after it, and all fold the same.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,8 +32,6 @@ COPYING = {
 MARKS = ("_hp_mapping", "ds_id")
 """Attributes that DeepSpeed gives parameters that it steps in pieces; the second is ZeRO-3's."""
 
-TORCHRUN = "torchrun --nproc-per-node N -m velora_torch train ..."
-
 INSTEAD = (
     "Use zero_optimization.stage 1 or 2; or `velora train` with --strategy fsdp2, which shards "
     "parameters and optimizer state as ZeRO-3 does"
@@ -47,24 +44,6 @@ _watchers: list[tuple[Watcher, Watcher]] = []
 _refusers: list[Callable[[Held], None]] = []
 _stepping: list[Optimizer] = []
 """Optimizers inside of a ZeRO that is followed, while it steps."""
-
-
-def check_launch() -> None:
-    """Refuse a run of `velora train` that `accelerate launch --use_deepspeed` has started.
-
-    There the optimizer steps inside of the backward pass, before a run can see whether the step is
-    finite, fits into memory, or is to be left.
-
-    Raises:
-        ValueError: says how to start it instead.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes"):
-        raise ValueError(
-            f"this process was started for DeepSpeed (ACCELERATE_USE_DEEPSPEED), which velora "
-            f"train does not drive. Start it without: `{TORCHRUN}` trains with DDP, and with "
-            f"`--strategy fsdp2` parameters and optimizer state are sharded as in ZeRO. Programs "
-            f"of your own may train compressed models with ZeRO-1 and 2: docs/distributed.md"
-        )
 
 
 def watch_steps(before: Watcher, after: Watcher) -> None:
@@ -134,14 +113,22 @@ def takes_gradients(parameter: Tensor) -> bool:
     return hasattr(parameter, MARKS[0])
 
 
-def split_by_type(optimizer: Optimizer) -> None:
-    """Give each type of parameter a group of its own, before DeepSpeed flattens the groups."""
-    groups = optimizer.param_groups
-    optimizer.param_groups = [
-        {**group, "params": [p for p in group["params"] if p.dtype == kind]}
-        for group in groups
+def split_by_type(optimizer: Optimizer) -> list[int]:
+    """Give each type of parameter a group of its own, before DeepSpeed flattens the groups.
+
+    Returns:
+        For each group the number of the one that it was taken from.
+    """
+    kinds = [
+        (number, group, kind)
+        for number, group in enumerate(optimizer.param_groups)
         for kind in dict.fromkeys(p.dtype for p in group["params"])
     ]
+    optimizer.param_groups = [
+        {**group, "params": [p for p in group["params"] if p.dtype == kind]}
+        for _, group, kind in kinds
+    ]
+    return [number for number, _, _ in kinds]
 
 
 def parts(zero: Any) -> list[tuple[list[Tensor], Group]]:

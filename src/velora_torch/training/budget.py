@@ -12,7 +12,7 @@ from velora_torch.memory.planner.plan import Plan, plan
 from velora_torch.memory.planner.table import nothing_fits
 from velora_torch.remote_code import trust
 from velora_torch.report.results import Prediction
-from velora_torch.training import processes
+from velora_torch.training import processes, strategies
 from velora_torch.training.assets import resolve_model
 from velora_torch.training.data import PreparedData, check_context, prepare
 from velora_torch.training.schema import Recipe
@@ -33,7 +33,7 @@ class BudgetError(ValueError):
 
 
 def fit(
-    recipe: Recipe, data: PreparedData, say: Say, strategy: processes.Strategy = "ddp"
+    recipe: Recipe, data: PreparedData, say: Say, strategy: strategies.Strategy = "ddp"
 ) -> tuple[Recipe, Prediction]:
     """The fastest way to run a recipe within its budget.
 
@@ -89,7 +89,7 @@ def preview(recipe: Recipe, say: Say) -> None:
 
 
 def plan_of(
-    recipe: Recipe, data: PreparedData, say: Say, strategy: processes.Strategy = "ddp"
+    recipe: Recipe, data: PreparedData, say: Say, strategy: strategies.Strategy = "ddp"
 ) -> Plan:
     """Plan the largest batch of a recipe, for one of the processes that were started."""
     import torch

@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
-
-from velora_torch.config import check_choice
-
-Strategy = Literal["ddp", "fsdp2"]
-"""How several processes share a model: whole in each, or every process a shard of it."""
+from typing import Any
 
 _control: Any = None
 """A group of the CPU's backend, for flags: asking it waits for no accelerator."""
@@ -130,95 +125,3 @@ def not_taken(model: Any) -> Iterator[None]:
         model.__dict__.pop(mark, None)
         if former is not None:
             model.__dict__[mark] = former
-
-
-def check_strategy(strategy: str) -> None:
-    """See that there are processes to share among, and a way that is known.
-
-    Raises:
-        ValueError: says what to write instead.
-    """
-    check_choice("strategy", strategy, get_args(Strategy))
-    if strategy == "fsdp2" and count() == 1:
-        raise ValueError(
-            "--strategy fsdp2 shards the model over several processes, and this is the only one: "
-            "start it with torchrun --nproc-per-node N -m velora_torch train ..."
-        )
-
-
-def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
-    """Arguments for `TrainingArguments` that shard a model by its repeated blocks, if asked for.
-
-    Raises:
-        ValueError: parameters of several types train, which FSDP2 does not shard together.
-    """
-    if strategy == "ddp":
-        return {}
-    from velora_torch.blocks import repeated_blocks  # needs PyTorch, which a recipe's check doesn't
-
-    blocks = [block for _, found in repeated_blocks(model) for block in found]
-    kinds = {type(block).__name__ for block in blocks} | _of_another_type(model, blocks)
-    policy = {"auto_wrap_policy": "NO_WRAP"}
-    if kinds:
-        policy = {
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": sorted(kinds),  # type: ignore[dict-item]
-        }
-    return {"fsdp": True, "fsdp_config": {"version": 2, **policy}}
-
-
-def _of_another_type(model: Any, blocks: list[Any]) -> set[str]:
-    """Classes of what is to be sharded apart: FSDP2 wants one type for all that trains in a group.
-
-    Coefficients are float32; norms beside them, say, may have 16 bits.
-    """
-    inside = {id(module) for block in blocks for module in block.modules()}
-    rest = [module for module in model.modules() if id(module) not in inside]
-    apart: set[str] = set()
-    for group in [*([*block.modules()] for block in blocks), rest]:
-        types = [_trained_types(module) for module in group]
-        if len(set().union(*types)) > 1:
-            other = zip(group, types, strict=True)
-            apart |= {type(module).__name__ for module, own in other if own - {"float32"}}
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
-    for name, module in model.named_modules():
-        types_here = _trained_types(module)
-        shared = any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
-        if type(module).__name__ in apart and (len(types_here) > 1 or shared):
-            raise ValueError(
-                f"--strategy fsdp2 wants one type for all that trains in a layer, and "
-                f"{name!r} has {', '.join(sorted(types_here))}"
-                f"{' and shares its weight' if shared else ''} (VeLoRA's coefficients are "
-                f"float32): set dtype: float32, with train.autocast: true to compute in bfloat16"
-            )
-    return apart
-
-
-def _trained_types(module: Any) -> set[str]:
-    """The types of a module's own parameters that train."""
-    own = module.parameters(recurse=False)
-    return {str(p.dtype).removeprefix("torch.") for p in own if p.requires_grad}
-
-
-def shard_on_cpus(accelerator: Any, plugin: dict[str, Any]) -> bool:
-    """Let accelerate shard on CPUs, which it does on every accelerator but not there.
-
-    Args:
-        accelerator: of the trainer.
-        plugin: arguments of accelerate's `FullyShardedDataParallelPlugin`.
-
-    Returns:
-        Whether that was needed.
-    """
-    from accelerate import DistributedType, PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    if accelerator.distributed_type != DistributedType.MULTI_CPU:
-        return False
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
-    accelerator.state.distributed_type = DistributedType.FSDP
-    PartialState().distributed_type = DistributedType.FSDP
-    return True

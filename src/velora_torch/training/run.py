@@ -24,7 +24,7 @@ from velora_torch.report.results import (
     read_results,
     write_results,
 )
-from velora_torch.training import budget, processes
+from velora_torch.training import budget, processes, strategies
 from velora_torch.training.assemble import make_optimizer, place, prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
@@ -44,8 +44,8 @@ class Options:
     overwrite: bool = False
     report: bool = True
     """Write report.html."""
-    strategy: processes.Strategy = "ddp"
-    """How several processes share the model: whole in each, or sharded."""
+    strategy: strategies.Strategy = "ddp"
+    """How several processes share the model."""
 
 
 @half_products.float32_products()
@@ -62,6 +62,7 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
         Ctrl-C or SIGTERM stopped it, and the last checkpoint can be resumed.
     """
     check_output(recipe.train.output, options.resume)
+    strategies.check_trained(options.strategy, recipe.train, recipe.memory_budget)
     folder = RunFolder(recipe.train.output)
     with processes.joined(), folder.alone():
         processes.wait()  # until the first one has the folder

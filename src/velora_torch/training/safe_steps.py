@@ -59,6 +59,8 @@ class SafeSteps:
     """What to do; None trains on without looking."""
     say: Callable[[str], None]
     current_gradient_accumulation_steps: float
+    forget_gradients: Callable[[], None]
+    last_part: bool
     parts: int = 1
     """Pieces into which a micro-batch is cut, each with a forward and backward pass of its own."""
     skipped: tuple[int, ...] = ()
@@ -90,8 +92,9 @@ class SafeSteps:
         if self.policy is None:
             return super().training_step(model, inputs, num_items)  # type: ignore[misc]
         if self._open is None:
+            start = StepStart(self.model, self.forget_gradients)
             logged = self._tr_loss.clone()  # type: ignore[attr-defined]
-            self._open = _OpenStep(StepStart(self.model), logged, self.record.tokens + 0)
+            self._open = _OpenStep(start, logged, self.record.tokens + 0)
         self._open.batches.append((inputs, num_items))
         try:
             loss = self._in_parts(model, inputs, num_items)
@@ -165,9 +168,11 @@ class SafeSteps:
                 # A loss that is a mean counts by its share of the rows.
                 share = rows_of(part) / rows
                 self.current_gradient_accumulation_steps = accumulation / share
+                self.last_part = start + size >= rows
                 losses.append(take(model, part, num_items))
         finally:
             self.current_gradient_accumulation_steps = accumulation
+            self.last_part = True
         return torch.stack(losses).sum()
 
     # ------------------------------------------------------------------ before the update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ class StepStart:
 
     Args:
         model: what trains.
+        forget_gradients: drops them all.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, forget_gradients: Callable[[], None]) -> None:
         self._random = _random_states()
-        self._model = model
+        self._forget_gradients = forget_gradients
         self._layers: list[tuple[CompressedLayer, dict[str, Any], dict[str, Any]]] = []
         self._adapters: list[tuple[CompressedAdapter, dict[str, Any]]] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
@@ -48,7 +50,7 @@ class StepStart:
     @torch.no_grad()
     def restore(self) -> None:
         """Be again where the step began, without gradients."""
-        self._model.zero_grad(set_to_none=True)
+        self._forget_gradients()
         set_random_states(self._random)
         for buffer, value in self._buffers:
             buffer.copy_(value)

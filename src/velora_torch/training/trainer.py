@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from velora_torch.integrations.sharded_trainer import ShardedTrainerMixin
 from velora_torch.integrations.transformers import VeloraTrainerMixin
+from velora_torch.integrations.zero_trainer import ZeroTrainerMixin
 from velora_torch.memory.count import (
     optimizer_state_bytes,
     saved_bytes,
@@ -31,10 +32,10 @@ from velora_torch.training.models import parameters_in
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
-from velora_torch.training.processes import Strategy, shard_on_cpus, sharding
 from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
+from velora_torch.training.strategies import Strategy, shard_on_cpus, sharding, zero_stage
 from velora_torch.training.whole_checkpoints import WholeCheckpoints
 
 
@@ -50,7 +51,7 @@ class Record:
     """The signal that interrupted it."""
 
 
-class RecordingMixin(VeloraTrainerMixin):
+class RecordingMixin(ZeroTrainerMixin, VeloraTrainerMixin):
     """Counts tokens, and in the first step the bytes that it holds."""
 
     record: Record
@@ -69,7 +70,7 @@ class RecordingMixin(VeloraTrainerMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """The trainer's own; also shards where accelerate would not, on CPUs."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self.args.fsdp and shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args):  # type: ignore[attr-defined]
+        if self.args.fsdp and shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args):
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,9 +107,7 @@ class RecordingMixin(VeloraTrainerMixin):
         with saved_bytes(self.model) as count:
             loss = super().training_step(model, inputs, *rest)  # type: ignore[misc]
         record.memory.saved_activations = count()
-        record.memory.gradients = unique_bytes(
-            p.grad for p in model.parameters() if p.grad is not None
-        )
+        record.memory.gradients = unique_bytes(self.held_gradients())
         record.memory.weights = unique_bytes(weight_tensors(model))
         return loss
 
@@ -315,6 +314,7 @@ def build_trainer(
     trainer.add_callback(StopWhenAsked(trainer))
     trainer.longest_first = recipe.train.longest_first
     trainer.shard_checkpoints = recipe.train.shard_checkpoints
+    trainer.zero_stage = zero_stage(strategy)
     if recipe.train.optimizer in OWN_OPTIMIZERS:
         trainer.own_optimizer = recipe.train
     if recipe.train.head_learning_rate is not None:
