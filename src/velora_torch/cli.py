@@ -70,6 +70,9 @@ def train(
             help="Under torchrun: ddp, a whole model in each process; fsdp2, a shard; zero1, zero2."
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Under torchrun: split each layer over so many processes, all.")
+    ] = 1,
     trust_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a model as a recipe says; ends with a checkpoint, results.json and report.html."""
@@ -83,12 +86,13 @@ def train(
     from velora_torch.training.models import check_settings
     from velora_torch.training.output import check_output
     from velora_torch.training.processes import is_first
-    from velora_torch.training.strategies import check_trained, chosen
+    from velora_torch.training.strategies import check_split, check_trained, chosen
 
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     sharing = chosen(strategy)
-    check_trained(sharing, loaded.train, loaded.memory_budget)
+    check_trained(sharing, loaded)
+    check_split(tensor_parallel, sharing, loaded)
     check_output(loaded.train.output, resume)
     check_settings(loaded)
     check_sources(loaded)
@@ -106,7 +110,7 @@ def train(
 
     console = Console(highlight=False, soft_wrap=True)
     command = shlex.join(["velora", *sys.argv[1:]])
-    options = Options(command, resume, overwrite, strategy=sharing)
+    options = Options(command, resume, overwrite, strategy=sharing, tensor_parallel=tensor_parallel)
     results = run(loaded, options, lambda line: console.print(line, markup=False))
     if is_first():
         if results.before or results.after:

@@ -29,6 +29,7 @@ class ShardedTrainerMixin:
     """Put before `VeloraTrainerMixin`, and that before `Trainer` or a class of its kind."""
 
     is_fsdp_enabled: bool
+    tensor_parallel: int
     model: Any
     optimizer: Any
     args: Any
@@ -36,11 +37,12 @@ class ShardedTrainerMixin:
     shard_checkpoints = False
     """Whether each process writes its shard, where the model is sharded, instead of one all."""
     _has_loaded = False
+    _split: Any
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; a checkpoint's weights are loaded before they are sharded."""
         self._has_loaded = False
-        if isinstance(resume_from_checkpoint, str) and self.is_fsdp_enabled:
+        if isinstance(resume_from_checkpoint, str) and self._shards_later():
             with self._as_if_not_sharded():
                 self._load_from_checkpoint(resume_from_checkpoint)
             self._has_loaded = True
@@ -55,6 +57,12 @@ class ShardedTrainerMixin:
         check_pickles(Path(resume_from_checkpoint))
         load_model(resume_from_checkpoint, self.model)
         self._load_compressed(resume_from_checkpoint)  # type: ignore[attr-defined]
+
+    def _shards_later(self) -> bool:
+        return self.is_fsdp_enabled or self.tensor_parallel > 1
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self._split is not None
 
     def _writes_shards(self) -> bool:
         return (
@@ -78,7 +86,7 @@ class ShardedTrainerMixin:
         self._save_compressed(output_dir)  # type: ignore[attr-defined]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self._is_sharded():
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
         if self._writes_shards():
@@ -93,7 +101,7 @@ class ShardedTrainerMixin:
         optimizer: Any = self.optimizer
         if checkpoint is not None and has_shards(checkpoint):
             optimizer = ShardedState(self.optimizer, checkpoint)
-        elif self.is_fsdp_enabled:
+        elif self._is_sharded():
             optimizer = _Whole(self.optimizer, {})
         with self._as_if_not_sharded(optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

@@ -10,6 +10,8 @@ from typing import Any
 _control: Any = None
 """A group of the CPU's backend, for flags: asking it waits for no accelerator."""
 
+_alike = 1
+
 
 def count() -> int:
     """How many processes train together; 1 where no launcher has said otherwise.
@@ -23,6 +25,22 @@ def count() -> int:
             f"the environment variable WORLD_SIZE is {asked!r}, no number of processes"
         )
     return int(asked)
+
+
+@contextlib.contextmanager
+def alike(size: int) -> Iterator[None]:
+    """Let groups of so many processes take the same examples, while this is open."""
+    global _alike
+    former, _alike = _alike, size
+    try:
+        yield
+    finally:
+        _alike = former
+
+
+def shares() -> int:
+    """Into how many parts, one for each process or group alike, the examples are divided."""
+    return count() // _alike
 
 
 class LostProcessError(OSError):

@@ -46,6 +46,8 @@ class Options:
     """Write report.html."""
     strategy: strategies.Strategy = "ddp"
     """How several processes share the model."""
+    tensor_parallel: int = 1
+    """Processes that split each layer and take the same examples."""
 
 
 @half_products.float32_products()
@@ -62,9 +64,10 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
         Ctrl-C or SIGTERM stopped it, and the last checkpoint can be resumed.
     """
     check_output(recipe.train.output, options.resume)
-    strategies.check_trained(options.strategy, recipe.train, recipe.memory_budget)
+    strategies.check_trained(options.strategy, recipe)
+    strategies.check_split(options.tensor_parallel, options.strategy, recipe)
     folder = RunFolder(recipe.train.output)
-    with processes.joined(), folder.alone():
+    with processes.joined(), processes.alike(options.tensor_parallel), folder.alone():
         processes.wait()  # until the first one has the folder
         return _run(recipe, options, say if processes.is_first() else _silent, folder)
 
@@ -96,6 +99,10 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     say(f"loading {recipe.model}")
     with processes.first_alone():
         model = place(models.load_model(recipe, say, data))
+    if options.tensor_parallel > 1:
+        from velora_torch.integrations.tensor_parallel import check_plan
+
+        check_plan(model, options.tensor_parallel)
     former = _former_results(folder, checkpoint)
     before = None if former is None else former.before
     prediction = prediction or (None if former is None else former.prediction)
@@ -208,9 +215,8 @@ def _train(
     from velora_torch.training.out_of_memory import OutOfMemoryError, explained, what_fits
     from velora_torch.training.trainer import build_trainer
 
-    trainer = build_trainer(
-        recipe, model, tokenizer, data, folder.path, record, say, options.strategy
-    )
+    sharing = options.strategy, options.tensor_parallel
+    trainer = build_trainer(recipe, model, tokenizer, data, folder.path, record, say, *sharing)
     trainer.before_save = partial(keep, trainer)
     try:
         with interruptible(record), explained(trainer):

@@ -262,7 +262,7 @@ class Recipe(Section):
     def _step_tokens(self) -> int:
         """Tokens of an optimizer step of task: pretrain, over all processes."""
         train = self.train
-        return train.batch_size * train.accumulation * self.data.max_length * processes.count()
+        return train.batch_size * train.accumulation * self.data.max_length * processes.shares()
 
     def steps(self) -> int | None:
         """Optimizer steps that the recipe asks for; None where it counts epochs."""

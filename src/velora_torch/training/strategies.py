@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from velora_torch.config import check_choice
 from velora_torch.training.processes import count
-from velora_torch.training.sections import TrainSection
+from velora_torch.training.schema import Recipe
 
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2"]
 """Whole in each process; every process a shard of it; or DeepSpeed's ZeRO: whole in each, with the
@@ -16,6 +16,9 @@ optimizer's state (1) and the gradients (2) in pieces."""
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers that compute each entry by itself: ZeRO steps flat pieces that are no matrices."""
+ONE_BY_ONE = tuple(name for name in ELEMENTWISE if name != "adamw_torch_fused")
+"""Those of them that can take parameters one by one, where only some are split."""
+SPLIT_METHODS = ("full",)
 TORCHRUN = "torchrun --nproc-per-node N -m velora_torch train ..."
 LAUNCHED = "ACCELERATE_USE_DEEPSPEED"
 """Set by `accelerate launch --use_deepspeed`."""
@@ -81,7 +84,7 @@ def zero_stage(strategy: str) -> int | None:
     return int(strategy.removeprefix("zero")) if strategy.startswith("zero") else None
 
 
-def check_trained(strategy: Strategy, train: TrainSection, memory_budget: Any) -> None:
+def check_trained(strategy: Strategy, recipe: Recipe) -> None:
     """See that a recipe can be trained that way.
 
     Raises:
@@ -89,16 +92,53 @@ def check_trained(strategy: Strategy, train: TrainSection, memory_budget: Any) -
     """
     if not zero_stage(strategy):
         return
-    if train.optimizer not in ELEMENTWISE:
+    optimizer = recipe.train.optimizer
+    if optimizer not in ELEMENTWISE:
         raise ValueError(
             f"--strategy {strategy} steps flat pieces of the parameters, and train.optimizer "
-            f"{train.optimizer!r} needs them whole: use one of {', '.join(ELEMENTWISE)}, or "
+            f"{optimizer!r} needs them whole: use one of {', '.join(ELEMENTWISE)}, or "
             f"--strategy ddp"
         )
-    if memory_budget is not None:
+    _check_no_budget(f"--strategy {strategy}", recipe)
+
+
+def check_split(size: int, strategy: Strategy, recipe: Recipe) -> None:
+    """See that the layers of a recipe's model can be split over so many processes.
+
+    Raises:
+        ValueError: says what to write instead.
+    """
+    if size == 1:
+        return
+    option = f"--tensor-parallel {size}"
+    if size < 1:
+        raise ValueError(f"{option}: give the number of processes that split each layer")
+    if size != count():
         raise ValueError(
-            f"memory_budget can't be planned for --strategy {strategy} (it can for ddp and "
-            f"fsdp2): leave one of them out"
+            f"{option}, and there are {count()} processes: all of them split each layer together. "
+            f"Start {size} with torchrun --nproc-per-node {size} -m velora_torch train ..., or use "
+            f"--strategy fsdp2, which shards over any number"
+        )
+    if strategy != "ddp":
+        raise ValueError(f"{option} and --strategy {strategy} exclude each other in velora train")
+    if recipe.method not in SPLIT_METHODS:
+        raise ValueError(
+            f"{option} splits the layers of the model itself, and method: {recipe.method} puts "
+            f"others around them: use method: {' or '.join(SPLIT_METHODS)}, or --strategy fsdp2"
+        )
+    if recipe.train.optimizer not in ONE_BY_ONE:
+        raise ValueError(
+            f"{option} gives the optimizer parts of matrices, and train.optimizer "
+            f"{recipe.train.optimizer!r} needs them whole: use one of {', '.join(ONE_BY_ONE)}"
+        )
+    _check_no_budget(option, recipe)
+
+
+def _check_no_budget(option: str, recipe: Recipe) -> None:
+    if recipe.memory_budget is not None:
+        raise ValueError(
+            f"memory_budget can't be planned for {option} (it can for --strategy ddp and fsdp2): "
+            f"leave one of them out"
         )
 
 

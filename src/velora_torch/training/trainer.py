@@ -14,6 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from velora_torch.integrations.sharded_trainer import ShardedTrainerMixin
+from velora_torch.integrations.tensor_parallel_trainer import TensorParallelTrainerMixin
 from velora_torch.integrations.transformers import VeloraTrainerMixin
 from velora_torch.integrations.zero_trainer import ZeroTrainerMixin
 from velora_torch.memory.count import (
@@ -51,7 +52,7 @@ class Record:
     """The signal that interrupted it."""
 
 
-class RecordingMixin(ZeroTrainerMixin, VeloraTrainerMixin):
+class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainerMixin):
     """Counts tokens, and in the first step the bytes that it holds."""
 
     record: Record
@@ -286,6 +287,7 @@ def build_trainer(
     record: Record,
     say: Callable[[str], None],
     strategy: Strategy = "ddp",
+    tensor_parallel: int = 1,
 ) -> Any:
     """The trainer that fits the data: Hugging Face's, or TRL's for conversations."""
     settings = arguments(recipe, output, data.eval is not None) | sharding(strategy, model)
@@ -314,7 +316,7 @@ def build_trainer(
     trainer.add_callback(StopWhenAsked(trainer))
     trainer.longest_first = recipe.train.longest_first
     trainer.shard_checkpoints = recipe.train.shard_checkpoints
-    trainer.zero_stage = zero_stage(strategy)
+    trainer.zero_stage, trainer.tensor_parallel = zero_stage(strategy), tensor_parallel
     if recipe.train.optimizer in OWN_OPTIMIZERS:
         trainer.own_optimizer = recipe.train
     if recipe.train.head_learning_rate is not None:

@@ -1,0 +1,227 @@
+"""`velora train --tensor-parallel`: layers split over processes, by the model's own plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+pytest.importorskip("pydantic")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.architectures.catalogue import CATALOGUE
+from tests.closeness import assert_bitwise, assert_close
+from tests.distributed.by_plan import refusal, split_architectures, steps
+from tests.distributed.launch import on_ranks
+from tests.distributed.runs import final, go, overrides
+from velora_torch.integrations.tensor_parallel import PlanError, check_plan
+from velora_torch.training import processes, strategies
+from velora_torch.training.recipe import load_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+ACCUMULATED = {"accumulation": 2, "max_grad_norm": 0.1, "weight_decay": 0.1, "warmup": 2}
+NAMES = split_architectures()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return on_ranks(2, steps, tmp_path_factory.mktemp("ranks"), NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architectures_with_a_plan_train_as_whole_ones(ranks, name):
+    """With vectors that are redrawn, and whole again at the end."""
+    expected = steps([name])[name]
+    for result in ranks:
+        assert result[name].keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert_close(result[name][key], tensor, 1e-7)  # some have norms in float32
+
+
+def test_there_are_such_architectures():
+    """Dense ones, those with norms of heads, experts, and images beside text."""
+    assert {"llama", "qwen3", "gemma3", "olmo2", "mixtral", "qwen3_moe", "llava"} <= set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gpt2", "has no plan for tensor parallel"),
+        ("vit", "has no plan for tensor parallel"),
+        ("phi3", "splits none of its layers"),
+    ],
+)
+def test_others_are_refused(name, why):
+    (architecture,) = [a for a in CATALOGUE if a.name == name]
+    message = refusal(architecture)
+    assert why in message
+    assert "--strategy fsdp2" in message
+
+
+def llama(**settings):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=66,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        **settings,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_what_can_not_be_divided_is_refused():
+    with pytest.raises(PlanError, match=r"num_key_value_heads is 1, no multiple of 2"):
+        check_plan(llama(num_key_value_heads=1), 2)
+    with pytest.raises(PlanError, match=r"gate_proj' is to be split colwise, and 66 features"):
+        check_plan(llama(), 4)
+
+
+def test_styles_that_are_not_known_are_refused():
+    model = llama()
+    model._tp_plan = {**model._tp_plan, "model.layers.*.mlp.down_proj": "packed_rowwise"}
+    with pytest.raises(PlanError, match=r"has 'model.layers.0.mlp.down_proj' as packed_rowwise"):
+        check_plan(model, 2)
+    # Nor what lies inside of a module that does something of its own with its parts.
+    model._tp_plan = {**llama()._tp_plan, "model.layers.*.mlp": "moe_tp_experts"}
+    with pytest.raises(PlanError, match=r"has 'model.layers.0.mlp' as moe_tp_experts"):
+        check_plan(model, 2)
+    model._tp_plan = {"model.norm": "colwise"}
+    with pytest.raises(PlanError, match=r"splits 'model.norm', which is no nn.Linear"):
+        check_plan(model, 2)
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+def split(path, given, **options):
+    return go(path, "ddp", given, tensor_parallel=2, **options)
+
+
+def resumed(path, given):
+    return split(path, given, resume=True)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_two_processes_train_as_one(place, tmp_path):
+    """With micro-batches, clipping, decay and warming up."""
+    path, more = place / "recipe.yaml", {**ACCUMULATED, "eval_every": 4}
+    first, second = on_ranks(2, split, tmp_path, path, overrides(place, "split", **more))
+    assert any("held-out loss" in line for line in first[1])
+    assert not second[1]
+    losses, _, _ = go(path, "ddp", overrides(place, "split-alone", **more))
+    assert first[0] == pytest.approx(losses, rel=1e-5)
+    for name, tensor in final(place / "split-alone").items():
+        assert_close(final(place / "split")[name], tensor, 1e-4)
+    told, expected = results(place / "split"), results(place / "split-alone")
+    for kind, key in (("history", "grad_norm"), ("evaluations", "loss")):
+        found = [point[key] for point in told[kind]]
+        assert found == pytest.approx([point[key] for point in expected[kind]], rel=1e-4)
+    assert told["after"]["loss"] == pytest.approx(expected["after"]["loss"], rel=1e-4)
+    # Embeddings and head, most of a model as small as this, are whole in each.
+    shares = {"weights": 0.8, "saved_activations": 0.8, "gradients": 0.95, "optimizer_state": 0.95}
+    for kind, share in shares.items():
+        assert told["memory"][kind] < share * expected["memory"][kind]
+
+
+def test_autocast_on_weights_in_bfloat16(place, tmp_path):
+    path = place / "recipe.yaml"
+    for name, more in (("half", ["dtype=bfloat16"]), ("auto", ["train.autocast=true"])):
+        given = [*overrides(place, f"split-{name}"), *more]
+        (losses, _, _), _ = on_ranks(2, split, tmp_path / name, path, given)
+        expected, _, _ = go(path, "ddp", [*overrides(place, f"whole-{name}"), *more])
+        assert losses == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(place, tmp_path):
+    """And one process goes on from the checkpoint too."""
+    path, given = place / "recipe.yaml", overrides(place, "bits", accumulation=2)
+    (losses, _, _), _ = on_ranks(2, split, tmp_path / "first", path, given)
+    expected = final(place / "bits")
+    for step in (6, 8):
+        shutil.rmtree(place / "bits" / f"checkpoint-{step}")
+    shutil.copytree(place / "bits", place / "one", ignore=shutil.ignore_patterns("final"))
+    (again, said, _), _ = on_ranks(2, resumed, tmp_path / "again", path, given)
+    assert any("going on from" in line and "checkpoint-3" in line for line in said)
+    assert again == losses
+    for key, tensor in final(place / "bits").items():
+        assert_bitwise(tensor, expected[key])
+    alone, _, _ = go(path, "ddp", overrides(place, "one", accumulation=2), resume=True)
+    assert alone == pytest.approx(losses, rel=1e-5)
+    for key, tensor in final(place / "one").items():
+        assert_close(tensor, expected[key], 1e-4)
+
+
+@pytest.mark.parametrize("first", ["ddp", "fsdp2"])
+def test_it_goes_on_from_other_checkpoints(place, alone, first, tmp_path):
+    """From one process's, and from shards."""
+    name, path = f"{first}-split", place / "recipe.yaml"
+    if first == "ddp":
+        go(path, "ddp", overrides(place, name, batch_size=8))
+    else:
+        given = overrides(place, name, shard_checkpoints=True)
+        on_ranks(2, go, tmp_path / "first", path, "fsdp2", given)
+    for step in (6, 8):
+        shutil.rmtree(place / name / f"checkpoint-{step}")
+    given = overrides(place, name, batch_size=8)
+    (losses, _, _), _ = on_ranks(2, resumed, tmp_path / "then", path, given)
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    for key, tensor in alone[1].items():
+        assert_close(final(place / name)[key], tensor, 1e-4)
+
+
+def test_token_budgets_count_the_examples_that_all_take_once(place, monkeypatch):
+    recipe = load_recipe(place / "recipe.yaml")
+    alone = recipe.steps()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert recipe.steps() == alone // 2
+    with processes.alike(2):
+        assert recipe.steps() == alone
+    assert recipe.steps() == alone // 2
+
+
+def test_the_command_under_torchrun(place):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "velora_torch", "train", str(place / "recipe.yaml"), "--tensor-parallel", "2"]
+    command += overrides(place, "split-command", steps=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("step 2/2") == 1
+    assert final(place / "split-command")
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+@pytest.mark.parametrize(
+    ("size", "strategy", "change", "message"),
+    [
+        (0, "ddp", {}, r"--tensor-parallel 0: give the number"),
+        (4, "ddp", {}, r"there are 2 processes: .*torchrun --nproc-per-node 4"),
+        (2, "fsdp2", {}, r"--strategy fsdp2 exclude each other"),
+        (2, "ddp", {"method": "lora"}, r"method: lora puts .*use method: full"),
+        (2, "ddp", {"memory_budget": "1GiB"}, r"memory_budget can't be planned for --tensor"),
+        (2, "ddp", {"optimizer": "adafactor"}, r"'adafactor' needs them whole: .*adamw_torch"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(place, monkeypatch, size, strategy, change, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = load_recipe(place / "recipe.yaml")
+    if "optimizer" in change:
+        change = {"train": recipe.train.model_copy(update=change)}
+    with pytest.raises(ValueError, match=message):
+        strategies.check_split(size, strategy, recipe.model_copy(update=change))
