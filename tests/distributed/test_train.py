@@ -17,12 +17,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import velora_torch
 from tests.closeness import assert_close
 from tests.distributed.launch import on_ranks
 from tests.distributed.runs import final, go, overrides
+from tests.training.pretraining import texts
 from velora_torch.training import processes
 from velora_torch.training.exporting import export_run
 from velora_torch.training.folder import FolderError
@@ -68,6 +69,39 @@ def test_weights_in_bfloat16_beside_coefficients_in_float32(place, tmp_path):
     )
     assert any("going on from" in line for line in said)
     assert again == pytest.approx(losses, rel=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_biases_in_bfloat16_beside_coefficients_in_float32(place, family, tmp_path):
+    """FSDP2 gets them in float32; the final model has them as they were."""
+    small = place / f"{family}.json"
+    if family == "llama":
+        texts.save_config(small, attention_bias=True, mlp_bias=True)
+    else:
+        settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+        settings |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+        config = GPT2Config(**settings, architectures=["GPT2LMHeadModel"])
+        config.to_json_file(small, use_diff=False)
+    more = ["dtype=bfloat16", f"model={small}"]
+    path, ranks = place / "recipe.yaml", f"biases-{family}"
+    losses, _, _ = go(path, "ddp", [*overrides(place, f"{ranks}-alone", batch_size=8), *more])
+    given = [*overrides(place, ranks), *more]
+    first, _ = on_ranks(2, go, tmp_path, path, "fsdp2", given)
+    assert first[2]
+    assert first[0] == pytest.approx(losses, rel=2e-2)
+    kept = load_file(place / ranks / "checkpoint-3" / "model.safetensors")
+    biases = {name for name, tensor in kept.items() if tensor.dtype == torch.float32}
+    assert biases
+    assert all(name.endswith("bias") for name in biases)
+    found, expected = final(place / ranks), final(place / f"{ranks}-alone")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
+    for name in expected.keys() - biases:  # alone, biases have the steps of bfloat16
+        assert_close(found[name], expected[name], 5e-2)
+    assert all(found[name].any() for name in biases)
+    for name in ("checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(place / ranks / name)
+    again, _ = on_ranks(2, _resume, tmp_path / "again", path, given)
+    assert again[0] == first[0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from velora_torch.integrations.sharded_checkpoint import (
@@ -21,8 +23,32 @@ from velora_torch.integrations.sharded_checkpoint import (
     load_model,
     save_shards,
 )
+from velora_torch.layers.conv1d import CompressedConv1D
+from velora_torch.layers.linear import CompressedLinear
+from velora_torch.model import compressed_layers
 from velora_torch.pickles import check_pickles
 from velora_torch.sharding import as_sharded, whole
+
+
+def widen_biases(model: nn.Module) -> dict[str, torch.dtype]:
+    """Let trained biases of 16 bits beside float32 coefficients be float32 too, in place.
+
+    FSDP2 wants one type for all that trains in a group. A layer computes with them as it did with
+    those of the weight's type. Call it before the optimizer is built.
+
+    Returns:
+        The parameters' names, and what they were.
+    """
+    found: dict[str, torch.dtype] = {}
+    for name, layer in compressed_layers(model).items():
+        coef, bias = layer._parameters["coef"], layer._parameters.get("bias")
+        plain = isinstance(layer, (CompressedLinear, CompressedConv1D))
+        if not plain or coef is None or bias is None or not bias.requires_grad:
+            continue
+        if bias.dtype != coef.dtype:
+            found[f"{name}.bias"] = bias.dtype
+            layer._parameters["bias"] = nn.Parameter(bias.detach().to(coef.dtype))
+    return found
 
 
 class ShardedTrainerMixin:
@@ -34,9 +60,12 @@ class ShardedTrainerMixin:
     optimizer: Any
     args: Any
     processing_class: Any
+    widened: Mapping[str, torch.dtype] = MappingProxyType({})
+    """What `widen_biases` has given."""
     shard_checkpoints = False
     """Whether each process writes its shard, where the model is sharded, instead of one all."""
     _has_loaded = False
+    _is_final = False
     _split: Any
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +103,7 @@ class ShardedTrainerMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trainer's own, which gathers whole weights; or a checkpoint's shards."""
         if not (_internal_call and output_dir and self._writes_shards()):
+            self._is_final = not _internal_call
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         if self.args.should_save:
@@ -84,6 +114,14 @@ class ShardedTrainerMixin:
                     part.save_pretrained(output_dir)
         save_shards(output_dir, self.model, self.optimizer, self.args.should_save)
         self._save_compressed(output_dir)  # type: ignore[attr-defined]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._is_final and state_dict is not None:
+            narrow = {
+                n: state_dict[n].to(kind) for n, kind in self.widened.items() if n in state_dict
+            }
+            state_dict = {**state_dict, **narrow}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._is_sharded():

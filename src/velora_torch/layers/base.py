@@ -126,7 +126,10 @@ class CompressedLayer(DrawnVectors):
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = x Wᵀ + b``, keeping z = x v (T x G) for the backward pass instead of x."""
-        return self.product(x, self._parameters["bias"])
+        bias: Tensor | None = self._parameters["bias"]
+        if bias is not None and bias.dtype != self.raw_weight.dtype:  # widened for FSDP2
+            bias = bias.to(self.raw_weight.dtype)
+        return self.product(x, bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same, with any b."""

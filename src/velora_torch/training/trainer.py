@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from velora_torch.integrations.sharded_trainer import ShardedTrainerMixin
+from velora_torch.integrations.sharded_trainer import ShardedTrainerMixin, widen_biases
 from velora_torch.integrations.tensor_parallel_trainer import TensorParallelTrainerMixin
 from velora_torch.integrations.transformers import VeloraTrainerMixin
 from velora_torch.integrations.zero_trainer import ZeroTrainerMixin
@@ -290,6 +290,7 @@ def build_trainer(
     tensor_parallel: int = 1,
 ) -> Any:
     """The trainer that fits the data: Hugging Face's, or TRL's for conversations."""
+    widened = widen_biases(model) if strategy == "fsdp2" else {}
     settings = arguments(recipe, output, data.eval is not None) | sharding(strategy, model)
     shared = {
         "model": model,
@@ -315,6 +316,7 @@ def build_trainer(
     trainer.say, trainer.policy = say, recipe.train
     trainer.add_callback(StopWhenAsked(trainer))
     trainer.longest_first = recipe.train.longest_first
+    trainer.widened = widened
     trainer.shard_checkpoints = recipe.train.shard_checkpoints
     trainer.zero_stage, trainer.tensor_parallel = zero_stage(strategy), tensor_parallel
     if recipe.train.optimizer in OWN_OPTIMIZERS:
