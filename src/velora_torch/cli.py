@@ -71,7 +71,7 @@ def train(
         ),
     ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option(help="Under torchrun: split each layer over so many processes, all.")
+        int, typer.Option(help="Under torchrun: split each layer over so many processes.")
     ] = 1,
     trust_code: TrustRemoteCode = False,
 ) -> None:

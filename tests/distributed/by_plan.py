@@ -53,6 +53,8 @@ def step(architecture: Architecture) -> dict[str, Tensor]:
         }
         outputs = run(model, batch)
         loss_of(outputs).backward()
+        if several:
+            whole.sum_gradients()
         optimizer.step()
         optimizer.zero_grad()
         result |= {f"output {n} of step {seed}": y.detach() for n, y in enumerate(outputs)}

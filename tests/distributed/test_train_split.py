@@ -15,7 +15,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from tests.architectures.catalogue import CATALOGUE
 from tests.closeness import assert_bitwise, assert_close
@@ -137,6 +137,61 @@ def test_two_processes_train_as_one(place, tmp_path):
         assert told["memory"][kind] < share * expected["memory"][kind]
 
 
+def split_and_sharded(path, given, **options):
+    return go(path, "fsdp2", given, tensor_parallel=2, **options)
+
+
+def split_and_sharded_again(path, given):
+    return split_and_sharded(path, given, resume=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_four_processes_split_and_shard(place, dtype, tmp_path):
+    """Two groups of two, with norms of heads, whose gradients are added up."""
+    config = {
+        "vocab_size": 1000,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": True,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    Qwen3Config(**config).to_json_file(place / "qwen3.json", use_diff=False)
+    path, name = place / "recipe.yaml", f"2x2-{dtype}"
+    more = [f"model={place / 'qwen3.json'}", f"dtype={dtype}"]
+    settings = {**ACCUMULATED, "eval_every": 4}
+    given = [*overrides(place, name, **settings), *more]
+    first, *others = on_ranks(4, split_and_sharded, tmp_path / "first", path, given)
+    assert not any(said for _, said, _ in others)
+    alone = [*overrides(place, f"{name}-alone", **settings | {"batch_size": 8}), *more]
+    losses, _, _ = go(path, "ddp", alone)
+    exact = dtype == "float32"
+    assert first[0] == pytest.approx(losses, rel=1e-5 if exact else 2e-2)
+    told, expected = results(place / name), results(place / f"{name}-alone")
+    near = pytest.approx(expected["after"]["loss"], rel=1e-4 if exact else 2e-2)
+    assert told["after"]["loss"] == near
+    assert told["evaluations"][0]["loss"] == pytest.approx(
+        expected["evaluations"][0]["loss"], rel=1e-4 if exact else 2e-2
+    )
+    found, weights = final(place / name), final(place / f"{name}-alone")
+    assert found.keys() == weights.keys()
+    for key, tensor in weights.items():
+        assert found[key].dtype == tensor.dtype
+        if exact:
+            assert_close(found[key], tensor, 1e-4)
+    for step in (6, 8):
+        shutil.rmtree(place / name / f"checkpoint-{step}")
+    again, *_ = on_ranks(4, split_and_sharded_again, tmp_path / "again", path, given)
+    assert again[0] == first[0]
+    for key, tensor in final(place / name).items():
+        assert_bitwise(tensor, found[key])
+
+
 def test_autocast_on_weights_in_bfloat16(place, tmp_path):
     path = place / "recipe.yaml"
     for name, more in (("half", ["dtype=bfloat16"]), ("auto", ["train.autocast=true"])):
@@ -211,8 +266,8 @@ def test_the_command_under_torchrun(place):
     ("size", "strategy", "change", "message"),
     [
         (0, "ddp", {}, r"--tensor-parallel 0: give the number"),
-        (4, "ddp", {}, r"there are 2 processes: .*torchrun --nproc-per-node 4"),
-        (2, "fsdp2", {}, r"--strategy fsdp2 exclude each other"),
+        (4, "ddp", {}, r"processes is 2, no multiple of it: .*torchrun --nproc-per-node 4"),
+        (2, "fsdp2", {}, r"2 processes and --strategy fsdp2 don't go together"),
         (2, "ddp", {"method": "lora"}, r"method: lora puts .*use method: full"),
         (2, "ddp", {"memory_budget": "1GiB"}, r"memory_budget can't be planned for --tensor"),
         (2, "ddp", {"optimizer": "adafactor"}, r"'adafactor' needs them whole: .*adamw_torch"),

@@ -23,6 +23,7 @@ from velora_torch.integrations.sharded_checkpoint import (
     load_model,
     save_shards,
 )
+from velora_torch.integrations.tensor_parallel import SplitModel, whole_state
 from velora_torch.layers.conv1d import CompressedConv1D
 from velora_torch.layers.linear import CompressedLinear
 from velora_torch.model import compressed_layers
@@ -66,7 +67,7 @@ class ShardedTrainerMixin:
     """Whether each process writes its shard, where the model is sharded, instead of one all."""
     _has_loaded = False
     _is_final = False
-    _split: Any
+    _split: SplitModel | None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; a checkpoint's weights are loaded before they are sharded."""
@@ -116,6 +117,8 @@ class ShardedTrainerMixin:
         self._save_compressed(output_dir)  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is None and self._split is not None:
+            state_dict = whole_state(self.model)
         if self._is_final and state_dict is not None:
             narrow = {
                 n: state_dict[n].to(kind) for n, kind in self.widened.items() if n in state_dict

@@ -7,13 +7,15 @@ are split; those whose output is whole on every rank anyway are left whole, whic
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from velora_torch.sharding import is_sharded, whole
+from velora_torch.sharding import is_sharded, local, whole
 
 COLWISE, ROWWISE = "colwise", "rowwise"
 WHOLE = ("colwise_gather_output", "rowwise_split_input", "embedding_rowwise", "replicate")
@@ -26,50 +28,81 @@ class PlanError(ValueError):
     """A model can't be split; says why, and what to do."""
 
 
+_SPLIT: weakref.WeakKeyDictionary[nn.Module, SplitModel] = weakref.WeakKeyDictionary()
+"""Models that are split now."""
+
+
 class SplitModel:
-    """A model while its layers are split.
+    """A model while its layers are split, and sharded by FSDP2 over other processes if need be.
 
     Args:
         model: from transformers, compressed or not; changed in place.
-        ranks: processes, all that there are; `num_attention_heads` must be a multiple.
+        ranks: processes that split each layer; `num_attention_heads` must be a multiple. All that
+            there are, or the model is sharded over groups of so many.
+        shards: classes of the modules that FSDP2 shards each by itself.
 
     Raises:
         PlanError: it has no plan, or one that can't be followed; nothing was changed.
     """
 
-    def __init__(self, model: nn.Module, ranks: int) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, ranks: int, shards: Collection[str] = ()) -> None:
+        self._model, self.ranks, self.groups = model, ranks, dist.get_world_size() // ranks
         layers, summed = _planned(model, ranks)
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor.parallel import (
             ColwiseParallel,
             RowwiseParallel,
             parallelize_module,
         )
 
-        mesh = init_device_mesh(next(model.parameters()).device.type, (ranks,))
+        shape = (self.groups, ranks)
+        device = next(model.parameters()).device.type
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "tensor"))
+        self._mesh = mesh["tensor"]
+        self._summed = [model.get_submodule(name) for name in summed]
         registries = [registry for name in layers for registry in _hooks(model.get_submodule(name))]
         former = [set(registry) for registry in registries]
         styles = {COLWISE: ColwiseParallel, ROWWISE: RowwiseParallel}
-        parallelize_module(model, mesh, {name: styles[style]() for name, style in layers.items()})
+        plan = {name: styles[style]() for name, style in layers.items()}
+        parallelize_module(model, self._mesh, plan)
         self._hooks = [
             (registry, registry.keys() - known)
             for registry, known in zip(registries, former, strict=True)
         ]
-        self._sums = [
-            parameter.register_hook(lambda gradient: _sum(gradient, mesh))
-            for name in summed
-            for parameter in model.get_submodule(name).parameters()
-            if parameter.requires_grad
-        ]
+        if self.groups > 1:
+            for module in reversed(list(model.modules())[1:]):
+                if type(module).__name__ in shards:
+                    fully_shard(module, mesh=mesh["data"])
+            fully_shard(model, mesh=mesh["data"])
+        _SPLIT[model] = self
+
+    @property
+    def group(self) -> int:
+        """Which of the groups this process is in, which take examples of their own."""
+        return dist.get_rank() // self.ranks
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Add up what processes have of gradients whose layer sees a part of the features in each.
+
+        Once for each step, after its last backward pass; all must ask.
+        """
+        for module in self._summed:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(local(parameter.grad), group=self._mesh.get_group())
 
     def join(self) -> None:
-        """Make every layer whole again, with what it has learnt; all processes must ask."""
+        """Make every layer whole again, with what it has learnt; all processes must ask.
+
+        What FSDP2 has sharded stays so.
+        """
+        if self.groups > 1:
+            return
         for registry, added in self._hooks:
             for key in added:
                 del registry[key]
-        for handle in self._sums:
-            handle.remove()
         for module in self._model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and is_sharded(parameter):
@@ -78,6 +111,12 @@ class SplitModel:
             for name, buffer in module._buffers.items():
                 if is_sharded(buffer):
                     module._buffers[name] = whole(buffer)
+        del _SPLIT[self._model]
+
+
+def split_of(model: nn.Module) -> SplitModel | None:
+    """How a model is split now, if it is."""
+    return _SPLIT.get(model)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -87,12 +126,6 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _hooks(layer: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return layer._forward_pre_hooks, layer._forward_hooks
-
-
-def _sum(gradient: Tensor, mesh: Any) -> Tensor:
-    total = gradient.contiguous().clone()
-    torch.distributed.all_reduce(total, group=mesh.get_group())
-    return total
 
 
 def check_plan(model: nn.Module, ranks: int) -> None:

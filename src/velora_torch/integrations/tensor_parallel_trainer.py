@@ -1,14 +1,18 @@
 """Hugging Face's `Trainer` with layers split over processes that take the same examples.
 
-The model is split while it trains, and whole before and after, so that it is loaded, evaluated and
-saved as ever.
+The model is split when it begins to train. Where all processes split each layer, it is whole again
+afterwards; where groups of them do, over which FSDP2 shards it, it stays as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from velora_torch.integrations.tensor_parallel import SplitModel, whole_state
+from torch import Tensor
+
+from velora_torch.integrations.tensor_parallel import SplitModel, split_of
 
 SIZE = "_tp_size"
 """What `Trainer` reads of a model to know how many processes take the same examples."""
@@ -21,39 +25,73 @@ class TensorParallelTrainerMixin:
     model: Any
     accelerator: Any
     gather_function: Any
+    last_part: bool
     tensor_parallel: int = 1
-    """Processes that split each layer; all that there are, or 1."""
-    _split: SplitModel | None = None
+    """Processes that split each layer."""
+    shards: Collection[str] = ()
+    """Classes of what FSDP2 shards by itself, where there are more processes."""
+
+    @property
+    def _split(self) -> SplitModel | None:
+        return split_of(self.model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the model's layers are split meanwhile."""
         if self.tensor_parallel == 1:
             return super().train(*args, **kwargs)  # type: ignore[misc]
-        self._split = SplitModel(self.model, self.tensor_parallel)
-        gather, former = self.gather_function, getattr(self.model, SIZE, None)
-        # All have the losses of the same examples.
-        self.gather_function = lambda tensors, *rest, **options: tensors
+        split = SplitModel(self.model, self.tensor_parallel, self.shards)
+        former = getattr(self.model, SIZE, None)
         setattr(self.model, SIZE, self.tensor_parallel)
         try:
             result = super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self.gather_function = gather
             setattr(self.model, SIZE, former)
-        self._split.join()
-        self._split = None
+        split.join()
         return result
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        if self._split is not None and training:
+        split = self._split
+        if split is not None and training:
             # Prepared like this, nothing wraps it that would average gradients.
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            if split.groups > 1:
+                self.accelerator.no_sync = _without_reducing
         return super()._wrap_model(model, training, dataloader)  # type: ignore[misc]
+
+    def training_step(self, *args: Any) -> Tensor:
+        """One forward and backward pass."""
+        loss: Tensor = super().training_step(*args)  # type: ignore[misc]
+        split = self._split
+        if split is not None and self.accelerator.sync_gradients and self.last_part:
+            split.sum_gradients()
+        return loss
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]
-        if self._split is not None and hasattr(loader.batch_sampler, "num_processes"):
-            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        split = self._split
+        if split is not None and hasattr(loader.batch_sampler, "num_processes"):
+            loader.batch_sampler.num_processes = split.groups
+            loader.batch_sampler.process_index = split.group
         return loader
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, which counts the examples of each group once."""
+        former = self.gather_function
+        if self._split is not None:
+            self.gather_function = self._gather_groups
+        try:
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.gather_function = former
+
+    def _gather_groups(self, values: Tensor, *rest: Any, **options: Any) -> Tensor:
+        """What groups have of a batch, (B, ...) each; without what only fills up the last one."""
+        split, state = self._split, self.accelerator.gradient_state
+        assert split is not None
+        found: Tensor = self.accelerator.gather(values)
+        found = found.view(split.groups, split.ranks, *values.shape)[:, 0].flatten(0, 1)
+        last = state.end_of_dataloader and state.remainder > 0
+        return found[: state.remainder] if last else found
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with the groups of a model that is not split.
@@ -76,7 +114,12 @@ class TensorParallelTrainerMixin:
         ]
         return optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self._split is not None and state_dict is None:
-            state_dict = whole_state(self.model)
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+@contextlib.contextmanager
+def _without_reducing(model: Any) -> Iterator[None]:
+    """Let FSDP2 keep the gradients of a micro-batch that is not the last one."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

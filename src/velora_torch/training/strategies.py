@@ -113,14 +113,18 @@ def check_split(size: int, strategy: Strategy, recipe: Recipe) -> None:
     option = f"--tensor-parallel {size}"
     if size < 1:
         raise ValueError(f"{option}: give the number of processes that split each layer")
-    if size != count():
+    if count() % size or count() == 1:
         raise ValueError(
-            f"{option}, and there are {count()} processes: all of them split each layer together. "
-            f"Start {size} with torchrun --nproc-per-node {size} -m velora_torch train ..., or use "
-            f"--strategy fsdp2, which shards over any number"
+            f"{option}, and the number of processes is {count()}, no multiple of it: start {size} "
+            f"with torchrun --nproc-per-node {size} -m velora_torch train ..."
         )
-    if strategy != "ddp":
-        raise ValueError(f"{option} and --strategy {strategy} exclude each other in velora train")
+    needed = "ddp" if count() == size else "fsdp2"
+    if strategy != needed:
+        raise ValueError(
+            f"{option} with {count()} processes and --strategy {strategy} don't go together: where "
+            f"all of them split each layer leave the strategy out, and where there are more, "
+            f"--strategy fsdp2 shards the model over groups of {size}"
+        )
     if recipe.method not in SPLIT_METHODS:
         raise ValueError(
             f"{option} splits the layers of the model itself, and method: {recipe.method} puts "
@@ -150,10 +154,7 @@ def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
     """
     if strategy != "fsdp2":
         return {}
-    from velora_torch.blocks import repeated_blocks  # needs PyTorch, which a recipe's check doesn't
-
-    blocks = [block for _, found in repeated_blocks(model) for block in found]
-    kinds = {type(block).__name__ for block in blocks} | _of_another_type(model, blocks)
+    kinds = shards_of(model)
     policy = {"auto_wrap_policy": "NO_WRAP"}
     if kinds:
         policy = {
@@ -161,6 +162,18 @@ def sharding(strategy: Strategy, model: Any) -> dict[str, Any]:
             "transformer_layer_cls_to_wrap": sorted(kinds),  # type: ignore[dict-item]
         }
     return {"fsdp": True, "fsdp_config": {"version": 2, **policy}}
+
+
+def shards_of(model: Any) -> set[str]:
+    """Classes of the modules that FSDP2 shards each by itself: repeated blocks, and other types.
+
+    Raises:
+        ValueError: parameters of several types train in a layer.
+    """
+    from velora_torch.blocks import repeated_blocks  # needs PyTorch, which a recipe's check doesn't
+
+    blocks = [block for _, found in repeated_blocks(model) for block in found]
+    return {type(block).__name__ for block in blocks} | _of_another_type(model, blocks)
 
 
 def _of_another_type(model: Any, blocks: list[Any]) -> set[str]:

@@ -36,7 +36,13 @@ from velora_torch.training.pretraining.tokens import TokenWindows
 from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
-from velora_torch.training.strategies import Strategy, shard_on_cpus, sharding, zero_stage
+from velora_torch.training.strategies import (
+    Strategy,
+    shard_on_cpus,
+    sharding,
+    shards_of,
+    zero_stage,
+)
 from velora_torch.training.whole_checkpoints import WholeCheckpoints
 
 
@@ -104,9 +110,9 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
         record = self.record
         record.tokens += _amount(inputs)
         if record.memory.saved_activations is not None:
-            return super().training_step(model, inputs, *rest)  # type: ignore[misc]
+            return super().training_step(model, inputs, *rest)
         with saved_bytes(self.model) as count:
-            loss = super().training_step(model, inputs, *rest)  # type: ignore[misc]
+            loss = super().training_step(model, inputs, *rest)
         record.memory.saved_activations = count()
         record.memory.gradients = unique_bytes(self.held_gradients())
         record.memory.weights = unique_bytes(weight_tensors(model))
@@ -291,7 +297,9 @@ def build_trainer(
 ) -> Any:
     """The trainer that fits the data: Hugging Face's, or TRL's for conversations."""
     widened = widen_biases(model) if strategy == "fsdp2" else {}
-    settings = arguments(recipe, output, data.eval is not None) | sharding(strategy, model)
+    settings = arguments(recipe, output, data.eval is not None)
+    if tensor_parallel == 1:
+        settings |= sharding(strategy, model)
     shared = {
         "model": model,
         "train_dataset": data.train,
@@ -318,6 +326,8 @@ def build_trainer(
     trainer.longest_first = recipe.train.longest_first
     trainer.widened = widened
     trainer.shard_checkpoints = recipe.train.shard_checkpoints
+    if tensor_parallel > 1 and strategy == "fsdp2":
+        trainer.shards = shards_of(model)
     trainer.zero_stage, trainer.tensor_parallel = zero_stage(strategy), tensor_parallel
     if recipe.train.optimizer in OWN_OPTIMIZERS:
         trainer.own_optimizer = recipe.train
