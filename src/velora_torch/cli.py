@@ -76,16 +76,18 @@ def train(
     trust_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a model as a recipe says; ends with a checkpoint, results.json and report.html."""
+    from velora_torch.training.processes import alike, is_first
     from velora_torch.training.recipe import load_recipe, recipe_to_yaml
 
-    loaded = load_recipe(recipe, overrides or [])
+    with alike(max(1, tensor_parallel)):  # what a step takes depends on it
+        loaded = load_recipe(recipe, overrides or [])
+        described = loaded.describe() if dry_run else ""
     if print_config:
         typer.echo(recipe_to_yaml(loaded), nl=False)
         return
     from velora_torch.training.data import check_sources
     from velora_torch.training.models import check_settings
     from velora_torch.training.output import check_output
-    from velora_torch.training.processes import is_first
     from velora_torch.training.strategies import check_split, check_trained, chosen
 
     if resume and overwrite:
@@ -97,7 +99,7 @@ def train(
     check_settings(loaded)
     check_sources(loaded)
     if dry_run:
-        typer.echo(loaded.describe())
+        typer.echo(described)
         if loaded.memory_budget is not None:
             from velora_torch.training.budget import preview
 

@@ -45,6 +45,17 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def whole_in_first(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU of the first process, nothing of it elsewhere; all must ask.
+
+    A tensor that is not sharded is returned itself.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    full = whole(tensor.detach())
+    return full.cpu() if torch.distributed.get_rank() == 0 else full.new_empty(0)
+
+
 def block_of(matrix: Tensor) -> Block:
     """Where the part that this rank holds lies in a matrix.
 

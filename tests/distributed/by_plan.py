@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,16 @@ def step(architecture: Architecture) -> dict[str, Tensor]:
         assert not any(is_sharded(t) for t in (*model.parameters(), *model.buffers()))
         assert not style_hooks(model)
     return result | {n: p.detach().clone() for n, p in velora.restore(model).named_parameters()}
+
+
+def shared_random() -> tuple[float, float]:
+    """What is drawn after processes with other random numbers have agreed."""
+    (llama,) = (a for a in CATALOGUE if a.name == "llama")
+    split = SplitModel(plain_model(llama), dist.get_world_size())
+    random.seed(dist.get_rank())
+    torch.manual_seed(dist.get_rank())
+    split.share_random()
+    return random.random(), float(torch.rand(()))
 
 
 def style_hooks(model: nn.Module) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -15,15 +16,18 @@ pytest.importorskip("accelerate")
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 from typer.testing import CliRunner
 
+import velora_torch as velora
 from tests.architectures.catalogue import CATALOGUE
 from tests.closeness import assert_bitwise, assert_close
-from tests.distributed.by_plan import refusal, split_architectures, steps
+from tests.distributed.by_plan import refusal, shared_random, split_architectures, steps
 from tests.distributed.launch import on_ranks
 from tests.distributed.runs import final, go, overrides
 from velora_torch import cli
 from velora_torch.integrations.tensor_parallel import PlanError, check_plan
 from velora_torch.training import processes, strategies
+from velora_torch.training.nonfinite import NonFiniteError
 from velora_torch.training.recipe import load_recipe
+from velora_torch.training.trainer import RecordingMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -83,6 +87,12 @@ def test_what_can_not_be_divided_is_refused():
         check_plan(llama(num_key_value_heads=1), 2)
     with pytest.raises(PlanError, match=r"gate_proj' is to be split colwise, and 66 features"):
         check_plan(llama(), 4)
+
+
+def test_parts_that_are_not_whole_groups_are_refused():
+    model = velora.compress(llama(), velora.VeloraConfig(num_groups=11, targets=["down_proj"]))
+    with pytest.raises(PlanError, match=r"down_proj' is to be split rowwise, 33 .*groups have 6"):
+        check_plan(model, 2)
 
 
 def test_styles_that_are_not_known_are_refused():
@@ -199,6 +209,45 @@ def test_autocast(place, tmp_path):
     (losses, _, _), _ = on_ranks(2, split, tmp_path, path, given)
     expected, _, _ = go(path, "ddp", overrides(place, "whole-auto", autocast=True))
     assert losses == pytest.approx(expected, rel=2e-2)
+
+
+def with_a_bad_gradient(path, given):
+    """Train; in the fourth step the gradients of one process alone are not finite."""
+    real = RecordingMixin.training_step
+
+    def training_step(self, model, *rest):
+        layer = self.model.model.layers[1].mlp.up_proj
+        spoil = self.state.global_step == 3 and os.environ["RANK"] == "1"
+        hook = layer.register_full_backward_pre_hook(lambda _, g: (g[0] * float("nan"),))
+        if not spoil:
+            hook.remove()
+        try:
+            return real(self, model, *rest)
+        finally:
+            hook.remove()
+
+    RecordingMixin.training_step = training_step
+    try:
+        split(path, given)
+    except NonFiniteError as error:
+        return str(error)
+    finally:
+        RecordingMixin.training_step = real
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_named_by_it(place, tmp_path):
+    messages = on_ranks(
+        2, with_a_bad_gradient, tmp_path, place / "recipe.yaml", overrides(place, "nan")
+    )
+    assert all("step 4" in message for message in messages)
+    assert "up_proj" in messages[1]
+    assert (place / "nan" / "checkpoint-3").is_dir()
+
+
+def test_random_numbers_are_the_same_after_resuming(place, tmp_path):
+    """From a checkpoint of processes that had drawn different ones."""
+    first, second = on_ranks(2, shared_random, tmp_path)
+    assert first == second
 
 
 def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(place, tmp_path):

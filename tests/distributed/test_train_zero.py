@@ -82,6 +82,9 @@ def test_two_processes_train_as_one(place, strategy, tmp_path):
         for n in (strategy, f"{strategy}-alone")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    # The gradients of one process, and under ZeRO-2 its half of them.
+    whole = 1 if strategy == "zero1" else 2
+    assert told["gradients"] == pytest.approx(expected["gradients"] / whole, rel=0.02)
     # Two moments and a copy in halves, instead of two whole ones.
     assert told["optimizer_state"] == pytest.approx(expected["optimizer_state"] * 3 / 4, rel=0.02)
 
@@ -293,6 +296,13 @@ def test_recipes_that_it_cannot_train_are_refused(place):
     with pytest.raises(ValueError, match=r"flat pieces .*adafactor.*adamw_torch"):
         go(place / "recipe.yaml", "zero2", given)
     assert not (place / "refused").exists()
+    for more, message in (
+        ({"dtype": "float16"}, r"not for dtype: float16.*use bfloat16"),
+        ({"method": "adalora"}, r"not for method: adalora.*use lora"),
+    ):
+        changed = load_recipe(place / "recipe.yaml").model_copy(update=more)
+        with pytest.raises(ValueError, match=message):
+            strategies.check_trained("zero2", changed)
     recipe = load_recipe(place / "recipe.yaml").model_copy(update={"memory_budget": "1GiB"})
     with pytest.raises(ValueError, match=r"memory_budget can't be planned for --strategy zero1"):
         strategies.check_trained("zero1", recipe)

@@ -23,12 +23,12 @@ from velora_torch.integrations.sharded_checkpoint import (
     load_model,
     save_shards,
 )
-from velora_torch.integrations.tensor_parallel import SplitModel, whole_state
+from velora_torch.integrations.tensor_parallel import split_of, whole_state
 from velora_torch.layers.conv1d import CompressedConv1D
 from velora_torch.layers.linear import CompressedLinear
 from velora_torch.model import compressed_layers
 from velora_torch.pickles import check_pickles
-from velora_torch.sharding import as_sharded, whole
+from velora_torch.sharding import as_sharded, whole_in_first
 
 
 def widen_biases(model: nn.Module) -> dict[str, torch.dtype]:
@@ -56,7 +56,6 @@ class ShardedTrainerMixin:
     """Put before `VeloraTrainerMixin`, and that before `Trainer` or a class of its kind."""
 
     is_fsdp_enabled: bool
-    tensor_parallel: int
     model: Any
     optimizer: Any
     args: Any
@@ -67,7 +66,6 @@ class ShardedTrainerMixin:
     """Whether each process writes its shard, where the model is sharded, instead of one all."""
     _has_loaded = False
     _is_final = False
-    _split: SplitModel | None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; a checkpoint's weights are loaded before they are sharded."""
@@ -89,10 +87,10 @@ class ShardedTrainerMixin:
         self._load_compressed(resume_from_checkpoint)  # type: ignore[attr-defined]
 
     def _shards_later(self) -> bool:
-        return self.is_fsdp_enabled or self.tensor_parallel > 1
+        return self.is_fsdp_enabled or getattr(self, "tensor_parallel", 1) > 1
 
     def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self._split is not None
+        return self.is_fsdp_enabled or split_of(self.model) is not None
 
     def _writes_shards(self) -> bool:
         return (
@@ -117,7 +115,7 @@ class ShardedTrainerMixin:
         self._save_compressed(output_dir)  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if state_dict is None and self._split is not None:
+        if state_dict is None and split_of(self.model) is not None:
             state_dict = whole_state(self.model)
         if self._is_final and state_dict is not None:
             narrow = {
@@ -134,7 +132,7 @@ class ShardedTrainerMixin:
             with self._as_if_not_sharded(ShardedState(self.optimizer, output_dir)):
                 super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        state = pytree.tree_map_only(Tensor, whole, self.optimizer.state_dict())
+        state = pytree.tree_map_only(Tensor, whole_in_first, self.optimizer.state_dict())
         with self._as_if_not_sharded(_Whole(self.optimizer, state)):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 

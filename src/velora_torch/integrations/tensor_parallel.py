@@ -6,6 +6,7 @@ are split; those whose output is whole on every rank anyway are left whole, whic
 
 from __future__ import annotations
 
+import random
 import re
 import weakref
 from collections.abc import Collection, Iterator
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from velora_torch.sharding import is_sharded, local, whole
+from velora_torch.layers.base import CompressedLayer
+from velora_torch.sharding import is_sharded, local, whole, whole_in_first
 
 COLWISE, ROWWISE = "colwise", "rowwise"
 WHOLE = ("colwise_gather_output", "rowwise_split_input", "embedding_rowwise", "replicate")
@@ -93,6 +95,17 @@ class SplitModel:
                 if parameter.grad is not None:
                     dist.all_reduce(local(parameter.grad), group=self._mesh.get_group())
 
+    def share_random(self) -> None:
+        """Let all that take the same examples draw the same random numbers from here on."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        states: list[Any] = [random.getstate(), torch.get_rng_state(), cuda]
+        first = self.group * self.ranks
+        dist.broadcast_object_list(states, first, self._mesh.get_group())
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+        if cuda is not None:
+            torch.cuda.set_rng_state(states[2])
+
     def join(self) -> None:
         """Make every layer whole again, with what it has learnt; all processes must ask.
 
@@ -120,8 +133,8 @@ def split_of(model: nn.Module) -> SplitModel | None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state with whole tensors; all processes must ask."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    """A model's state with whole tensors, in the first process; all must ask."""
+    return {name: whole_in_first(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _hooks(layer: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -173,6 +186,7 @@ def _planned(model: nn.Module, ranks: int) -> tuple[dict[str, str], list[str]]:
                 f"layer {name!r} is to be split {style}, and {features} features are no multiple "
                 f"of {ranks} processes: choose --tensor-parallel so that they are"
             )
+        _check_groups(name, module, style, features // ranks)
         layers[name] = style
     if not layers:
         raise PlanError(
@@ -180,6 +194,16 @@ def _planned(model: nn.Module, ranks: int) -> tuple[dict[str, str], list[str]]:
             f"--tensor-parallel out: --strategy fsdp2 shards any model"
         )
     return layers, [name for name, style in styles.items() if style == SUMMED]
+
+
+def _check_groups(name: str, layer: nn.Module, style: str, features: int) -> None:
+    """See that a process has whole groups of a compressed layer's features."""
+    if style == ROWWISE and isinstance(layer, CompressedLayer) and features % layer.velora.size:
+        raise PlanError(
+            f"layer {name!r} is to be split {style}, {features} features in each process, and its "
+            f"groups have {layer.velora.size}: choose velora.sub_token_size or velora.num_groups "
+            f"so that a process has whole groups, or leave the layer out of velora.targets"
+        )
 
 
 def _check_heads(model: nn.Module, ranks: int) -> None:

@@ -25,7 +25,7 @@ class TensorParallelTrainerMixin:
     model: Any
     accelerator: Any
     gather_function: Any
-    last_part: bool
+    last_part: bool = True
     tensor_parallel: int = 1
     """Processes that split each layer."""
     shards: Collection[str] = ()
@@ -57,6 +57,12 @@ class TensorParallelTrainerMixin:
             if split.groups > 1:
                 self.accelerator.no_sync = _without_reducing
         return super()._wrap_model(model, training, dataloader)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        split = self._split
+        if split is not None:  # a checkpoint of processes that took other examples each
+            split.share_random()
 
     def training_step(self, *args: Any) -> Tensor:
         """One forward and backward pass."""

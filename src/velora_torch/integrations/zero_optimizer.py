@@ -44,7 +44,7 @@ class ZeroOptimizer(Optimizer):
         self.defaults = optimizer.defaults
         self._origins = split_by_type(optimizer)
         largest = max(p.numel() for group in self.param_groups for p in group["params"])
-        bucket = max(BUCKET, largest)
+        bucket = max(BUCKET, largest + largest % 2)  # DeepSpeed wants it even
         config = {
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_accumulation_steps": 1,  # the trainer says which micro-batch is the last
@@ -83,8 +83,9 @@ class ZeroOptimizer(Optimizer):
 
     def gradients(self) -> Iterator[Tensor]:
         """What this process holds of them."""
-        for part in self.zero.averaged_gradients.values():
-            yield from part or ()
+        for parts in (self.zero.averaged_gradients, self.zero.all_grad_tensors):
+            for part in parts.values():
+                yield from part or ()
         for group in self.param_groups:
             yield from (p.grad for p in group["params"] if p.grad is not None)
 
@@ -171,7 +172,8 @@ class ZeroOptimizer(Optimizer):
             position = self._numbers[id(parameter)]
             part = parts.setdefault(position, {})
             for name, value in state_dict["state"].get(number, {}).items():
-                if not (isinstance(value, Tensor) and value.shape == parameter.shape):
+                moment = isinstance(value, Tensor) and value.shape == parameter.shape
+                if name == "step" or not moment:
                     part[name] = value  # the number of steps, which all of a group have made
                     continue
                 _scatter(

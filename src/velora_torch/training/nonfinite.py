@@ -20,7 +20,7 @@ class NonFiniteError(ValueError):
 
 def finite(tensors: Iterator[Tensor]) -> Tensor | None:
     """Whether all entries of all tensors are finite (0-d boolean); None where there are none."""
-    flags = [torch.isfinite(t.detach()).all() for t in tensors if t.is_floating_point()]
+    flags = [torch.isfinite(local(t.detach())).all() for t in tensors if t.is_floating_point()]
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else None
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from velora_torch.memory.count import optimizer_state_bytes, unique_bytes, weight_tensors
 from velora_torch.memory.planner.budget import gib
+from velora_torch.memory.planner.ranks import STRATEGIES
 from velora_torch.report.environment import machine_info
 from velora_torch.report.quantities import format_bytes
 from velora_torch.training.data import PreparedData
@@ -33,18 +34,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in text for message in MESSAGES)
 
 
-def holders(model: nn.Module, optimizer: Any, saved_activations: int | None) -> str:
+def holders(
+    model: nn.Module, gradients: Iterable[Tensor], optimizer: Any, saved_activations: int | None
+) -> str:
     """What is allocated, by category.
 
     Args:
-        model: what trains, with the gradients that it has.
+        model: what trains.
+        gradients: those that there are.
         optimizer: its optimizer; None where there is none yet.
         saved_activations: bytes of a whole micro-batch, where one has been measured.
     """
     plain = getattr(optimizer, "optimizer", optimizer)
     parts = {
         "weights": unique_bytes(weight_tensors(model)),
-        "gradients": unique_bytes(p.grad for p in model.parameters() if p.grad is not None),
+        "gradients": unique_bytes(gradients),
         "optimizer state": 0 if plain is None else optimizer_state_bytes(plain),
     }
     text = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
@@ -66,8 +70,15 @@ def _in_use() -> str:
     return f"the machine has {format_bytes(machine_info().memory_bytes)}"
 
 
-def what_fits(recipe: Recipe, data: PreparedData) -> str:
-    """What `velora plan` would say about a recipe in the memory that there is."""
+def what_fits(recipe: Recipe, data: PreparedData, strategy: str, split: bool) -> str:
+    """What `velora plan` would say about a recipe in the memory that there is.
+
+    Args:
+        recipe: what was trained.
+        data: prepared for it.
+        strategy: how processes share the model.
+        split: whether they split its layers.
+    """
     from velora_torch.training.budget import plan_of
 
     budget = _memory()
@@ -75,12 +86,14 @@ def what_fits(recipe: Recipe, data: PreparedData) -> str:
         return "the size of this machine's memory is not known, so that nothing can be planned"
     ask = f"velora plan --model {recipe.model} --batch {recipe.train.batch_size} --budget "
     ask += gib(budget).replace(" ", "")
+    if split or strategy not in STRATEGIES:
+        return "a run whose processes share the model like this can't be planned for"
     planned = recipe.method in ("full", "lora", "qlora") and not recipe.train.autocast
     if recipe.task != "language-modeling" or not planned:
         return f"this recipe can't be planned for as it is; an estimate: {ask}"
     try:
         asked = recipe.model_copy(update={"memory_budget": recipe.memory_budget or budget})
-        made = plan_of(asked, data, lambda line: None)
+        made = plan_of(asked, data, lambda line: None, strategy)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, OSError) as error:
         return f"what would fit could not be planned: {error}"
     return f"what would fit by simulation:\n{made}"
@@ -114,7 +127,8 @@ def explained(trainer: Any) -> Iterator[None]:
         reason = str(error).splitlines()[0]
     else:
         return
-    held = holders(trainer.model, trainer.optimizer, trainer.record.memory.saved_activations)
+    saved = trainer.record.memory.saved_activations
+    held = holders(trainer.model, trainer.held_gradients(), trainer.optimizer, saved)
     raise OutOfMemoryError(
         f"after step {trainer.state.global_step}: out of memory in the optimizer's step or an "
         f"evaluation ({reason})\n{held}\nThe last checkpoint is from before it: lower the memory "

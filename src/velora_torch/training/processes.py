@@ -40,7 +40,7 @@ def alike(size: int) -> Iterator[None]:
 
 def shares() -> int:
     """Into how many parts, one for each process or group alike, the examples are divided."""
-    return count() // _alike
+    return max(1, count() // _alike)
 
 
 class LostProcessError(OSError):

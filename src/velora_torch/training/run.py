@@ -222,7 +222,8 @@ def _train(
         with interruptible(record), explained(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OutOfMemoryError as error:
-        raise OutOfMemoryError(f"{error}\n{what_fits(recipe, data)}") from None
+        how = options.strategy, options.tensor_parallel > 1
+        raise OutOfMemoryError(f"{error}\n{what_fits(recipe, data, *how)}") from None
     agree(record)  # a signal may have come after the last step, to some processes alone
     return trainer
 

@@ -4,7 +4,7 @@ signals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class SafeSteps:
     say: Callable[[str], None]
     current_gradient_accumulation_steps: float
     forget_gradients: Callable[[], None]
+    held_gradients: Callable[[], Iterator[Tensor]]
     last_part: bool
     parts: int = 1
     """Pieces into which a micro-batch is cut, each with a forward and backward pass of its own."""
@@ -145,7 +146,8 @@ class SafeSteps:
                 return
             else:
                 reason += f"; a micro-batch of {rows_of(inputs)} can't be cut any further"
-        held = holders(self.model, self.optimizer, self.record.memory.saved_activations)
+        saved_bytes = self.record.memory.saved_activations
+        held = holders(self.model, self.held_gradients(), self.optimizer, saved_bytes)
         advice = "" if self.policy.on_oom == "shrink" else ", or set train.on_oom: shrink"
         number, step, self._open = self.state.global_step + 1, self._open, None
         saved = "" if self.accelerator.num_processes > 1 else self._save_before(step)

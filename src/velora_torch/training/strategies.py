@@ -46,8 +46,8 @@ def chosen(strategy: str | None) -> Strategy:
     check_choice("strategy", asked, get_args(Strategy))
     if asked != "ddp" and count() == 1:
         raise ValueError(
-            f"--strategy {asked} shares the model among several processes, and this is the only "
-            f"one: start it with {TORCHRUN}"
+            f"strategy {asked} shares the model among several processes, and this is the only "
+            f"one: start it with {TORCHRUN} --strategy {asked}"
         )
     if zero_stage(asked) and importlib.util.find_spec("deepspeed") is None:
         raise ValueError(
@@ -98,6 +98,16 @@ def check_trained(strategy: Strategy, recipe: Recipe) -> None:
             f"--strategy {strategy} steps flat pieces of the parameters, and train.optimizer "
             f"{optimizer!r} needs them whole: use one of {', '.join(ELEMENTWISE)}, or "
             f"--strategy ddp"
+        )
+    if recipe.dtype == "float16":
+        raise ValueError(
+            f"--strategy {strategy} is not for dtype: float16, which needs losses to be scaled: "
+            f"use bfloat16"
+        )
+    if recipe.method == "adalora":
+        raise ValueError(
+            f"--strategy {strategy} is not for method: adalora, which looks at gradients after "
+            f"the step, when ZeRO has dropped them: use lora, or --strategy ddp"
         )
     _check_no_budget(f"--strategy {strategy}", recipe)
 
