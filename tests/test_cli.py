@@ -19,6 +19,7 @@ PROMISED = {
         "--print-config",
         "--dry-run",
         "--strategy",
+        "--tensor-parallel",
         "--trust-remote-code",
     },
     "export": {"run", "--to", "--lora", "--trust-remote-code"},
