@@ -52,6 +52,7 @@ def test_architectures_with_a_plan_train_as_whole_ones(ranks, name):
 
 def test_there_are_such_architectures():
     """Dense ones, those with norms of heads, experts, and images beside text."""
+    assert len(NAMES) >= 18
     assert {"llama", "qwen3", "gemma3", "olmo2", "mixtral", "qwen3_moe", "llava"} <= set(NAMES)
 
 

@@ -90,7 +90,8 @@ class ShardedTrainerMixin:
         return self.is_fsdp_enabled or getattr(self, "tensor_parallel", 1) > 1
 
     def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or split_of(self.model) is not None
+        zero = getattr(self, "_zero", None)  # whose optimizer gives and takes whole tensors
+        return self.is_fsdp_enabled or split_of(self.model) is not None or zero is not None
 
     def _writes_shards(self) -> bool:
         return (

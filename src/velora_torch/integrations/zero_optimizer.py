@@ -7,6 +7,7 @@ that a checkpoint can be gone on from without ZeRO, and the other way round.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -142,9 +143,9 @@ class ZeroOptimizer(Optimizer):
                     found = _gathered(parameter, value) if moment else value.clone()
                 if dist.get_rank() == 0:
                     state.setdefault(number, {})[name] = found
-        count = iter(range(len(list(self._parameters()))))
+        numbers = itertools.count()
         groups = [
-            {**group, "params": [next(count) for _ in group["params"]]}
+            {**group, "params": [next(numbers) for _ in group["params"]]}
             for group in self.param_groups
         ]
         return {"state": state, "param_groups": groups}

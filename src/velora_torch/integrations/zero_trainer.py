@@ -21,7 +21,7 @@ COPIES = "velora_zero_copies.safetensors"
 
 
 class ZeroTrainerMixin:
-    """Put before `VeloraTrainerMixin`, and that before `Trainer` or a class of its kind."""
+    """Put behind `ShardedTrainerMixin`, before `VeloraTrainerMixin` and a kind of `Trainer`."""
 
     args: Any
     model: Any
@@ -88,15 +88,8 @@ class ZeroTrainerMixin:
             self._zero.forget()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._zero is None:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-            return
-        copies, state = self._zero.copies(self.model), self._zero.state_dict()
-        former, self.optimizer = self.optimizer, _Gathered(state)
-        try:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        finally:
-            self.optimizer = former
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        copies = {} if self._zero is None else self._zero.copies(self.model)
         if copies and self.args.should_save:
             save_file(copies, Path(output_dir) / COPIES)
 
@@ -106,14 +99,3 @@ class ZeroTrainerMixin:
             path = Path(checkpoint) / COPIES
             if path.is_file():
                 self._zero.load_copies(self.model, load_file(path))
-
-
-class _Gathered:
-    """An optimizer's state, for a trainer that asks it in one process alone."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state."""
-        return self._state

@@ -17,6 +17,7 @@ from velora_torch.report.environment import machine_info
 from velora_torch.report.quantities import format_bytes
 from velora_torch.training.data import PreparedData
 from velora_torch.training.schema import Recipe
+from velora_torch.training.strategies import Strategy
 
 MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
 """In errors that have no class of their own: the CPU's allocator and CUDA libraries."""
@@ -70,7 +71,7 @@ def _in_use() -> str:
     return f"the machine has {format_bytes(machine_info().memory_bytes)}"
 
 
-def what_fits(recipe: Recipe, data: PreparedData, strategy: str, split: bool) -> str:
+def what_fits(recipe: Recipe, data: PreparedData, strategy: Strategy, split: bool) -> str:
     """What `velora plan` would say about a recipe in the memory that there is.
 
     Args:
@@ -93,7 +94,7 @@ def what_fits(recipe: Recipe, data: PreparedData, strategy: str, split: bool) ->
         return f"this recipe can't be planned for as it is; an estimate: {ask}"
     try:
         asked = recipe.model_copy(update={"memory_budget": recipe.memory_budget or budget})
-        made = plan_of(asked, data, lambda line: None, strategy)  # type: ignore[arg-type]
+        made = plan_of(asked, data, lambda line: None, strategy)
     except (ValueError, RuntimeError, OSError) as error:
         return f"what would fit could not be planned: {error}"
     return f"what would fit by simulation:\n{made}"

@@ -40,7 +40,7 @@ def alike(size: int) -> Iterator[None]:
 
 def shares() -> int:
     """Into how many parts, one for each process or group alike, the examples are divided."""
-    return max(1, count() // _alike)
+    return max(1, count() // _alike)  # groups of more than there are: refused elsewhere
 
 
 class LostProcessError(OSError):

@@ -215,15 +215,24 @@ def _train(
     from velora_torch.training.out_of_memory import OutOfMemoryError, explained, what_fits
     from velora_torch.training.trainer import build_trainer
 
-    sharing = options.strategy, options.tensor_parallel
-    trainer = build_trainer(recipe, model, tokenizer, data, folder.path, record, say, *sharing)
+    trainer = build_trainer(
+        recipe,
+        model,
+        tokenizer,
+        data,
+        folder.path,
+        record,
+        say,
+        strategy=options.strategy,
+        tensor_parallel=options.tensor_parallel,
+    )
     trainer.before_save = partial(keep, trainer)
     try:
         with interruptible(record), explained(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OutOfMemoryError as error:
-        how = options.strategy, options.tensor_parallel > 1
-        raise OutOfMemoryError(f"{error}\n{what_fits(recipe, data, *how)}") from None
+        fits = what_fits(recipe, data, options.strategy, split=options.tensor_parallel > 1)
+        raise OutOfMemoryError(f"{error}\n{fits}") from None
     agree(record)  # a signal may have come after the last step, to some processes alone
     return trainer
 
