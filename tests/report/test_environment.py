@@ -2,6 +2,8 @@ import dataclasses
 import platform
 import socket
 
+import torch
+
 from velora_torch.report.environment import _cpu_model, machine_info, version_info
 
 
@@ -9,6 +11,7 @@ def test_machine_says_what_was_used_and_not_whose_it_is():
     info = machine_info("cpu")
     assert info.cpu
     assert info.cores >= 1
+    assert info.instructions == torch.backends.cpu.get_cpu_capability()
     assert info.memory_bytes is None or info.memory_bytes > 2**28
     assert (info.device, info.device_memory_bytes) == ("cpu", None)
     assert socket.gethostname() not in map(str, dataclasses.asdict(info).values())

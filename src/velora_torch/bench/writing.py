@@ -67,7 +67,8 @@ def _machine(row: Measured) -> str:
     if not about:
         return "unknown"
     device = about.get("device", "cpu")
-    where = f"{about.get('cpu')}, {about.get('cores')} cores"
+    kind = f" ({about['instructions']})" if about.get("instructions") else ""
+    where = f"{about.get('cpu')}{kind}, {about.get('cores')} cores"
     if about.get("half_products") == "float32":
         where += " without bfloat16 instructions"
     return where if device == "cpu" else f"{device} ({where})"

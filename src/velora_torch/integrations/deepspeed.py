@@ -136,6 +136,21 @@ def parts(zero: Any) -> list[tuple[list[Tensor], Group]]:
     return list(zip(zero.bit16_groups, zero.optimizer.param_groups, strict=True))
 
 
+def own_part(parameter: Tensor) -> tuple[slice, slice] | None:
+    """What this process steps of a parameter: where in it, flattened, and where in its flat piece.
+
+    None: nothing, it is all in other processes' pieces.
+    """
+    piece = getattr(parameter, MARKS[0], None)
+    if piece is None:
+        return None
+    here, there = piece.lp_fragment_address, piece.hp_fragment_address
+    return (
+        slice(here.start, here.start + here.numel),
+        slice(there.start, there.start + there.numel),
+    )
+
+
 @torch.no_grad()
 def turn_moments(zero: Any, rule: Rule, coef: Tensor, turn_G: Tensor, sign_turn_G: Tensor) -> None:
     """As `optimizers.turn_moments`, in the piece of the moments that this process has.
@@ -147,24 +162,23 @@ def turn_moments(zero: Any, rule: Rule, coef: Tensor, turn_G: Tensor, sign_turn_
         turn_G: cosines between old and new vectors.
         sign_turn_G: the same of their signs.
     """
-    piece = getattr(coef, "_hp_mapping", None)
-    if piece is None:  # another process's
+    part = own_part(coef)
+    if part is None:
         return
-    flat = zero.single_partition_of_fp32_groups[piece.param_group_index]
+    here, there = part
+    flat = zero.single_partition_of_fp32_groups[getattr(coef, MARKS[0]).param_group_index]
     state = zero.optimizer.state.get(flat, {})
-    here, there = piece.lp_fragment_address, piece.hp_fragment_address
     for names, factor_G in ((rule.moments, turn_G), (rule.sign_moments, sign_turn_G)):
         for name in names:
             if isinstance(state.get(name), Tensor):
-                moment = state[name].narrow(0, there.start, there.numel)
-                factor = factor_G.expand(coef.shape).flatten().narrow(0, here.start, here.numel)
-                moment.mul_(factor.to(moment))
+                moment = state[name][there]
+                moment.mul_(factor_G.expand(coef.shape).flatten()[here].to(moment))
 
 
 @torch.no_grad()
 def clear_master(coef: Tensor) -> None:
     """Zero ZeRO's float32 copy of coefficients that were folded, else they would come back."""
-    piece = getattr(coef, "_hp_mapping", None)
+    piece = getattr(coef, MARKS[0], None)
     if piece is not None:
         piece.hp_fragment.zero_()
 

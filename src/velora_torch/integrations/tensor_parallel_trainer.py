@@ -25,7 +25,7 @@ class TensorParallelTrainerMixin:
     model: Any
     accelerator: Any
     gather_function: Any
-    last_part: bool = True
+    last_part: bool
     tensor_parallel: int = 1
     """Processes that split each layer."""
     shards: Collection[str] = ()

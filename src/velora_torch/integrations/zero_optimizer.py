@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from velora_torch.integrations.deepspeed import split_by_type
+from velora_torch.integrations.deepspeed import own_part, split_by_type
 
 BUCKET = 5_000_000
 """Entries of the buffers through which gradients and weights go, or those of the largest one."""
@@ -215,10 +215,9 @@ class ZeroOptimizer(Optimizer):
 def _gathered(parameter: Tensor, flat: Tensor) -> Tensor:
     """The whole tensor of which processes have parts, on the CPU of the first; all must ask."""
     whole = flat.new_zeros(parameter.numel())
-    if (piece := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-        here, there = piece.lp_fragment_address, piece.hp_fragment_address
-        part = flat.detach().narrow(0, there.start, there.numel)
-        whole.narrow(0, here.start, here.numel).copy_(part)
+    if (part := own_part(parameter)) is not None:
+        here, there = part
+        whole[here] = flat.detach()[there]
     dist.reduce(whole, 0)
     return whole.view(parameter.shape).cpu() if dist.get_rank() == 0 else whole.new_empty(0)
 
@@ -226,10 +225,9 @@ def _gathered(parameter: Tensor, flat: Tensor) -> Tensor:
 @torch.no_grad()
 def _scatter(parameter: Tensor, whole: Tensor, flat: Tensor) -> None:
     """Copy what this process has of a parameter into its place in a flat tensor."""
-    if (piece := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-        here, there = piece.lp_fragment_address, piece.hp_fragment_address
-        part = whole.flatten().narrow(0, here.start, here.numel)
-        flat.narrow(0, there.start, there.numel).copy_(part)
+    if (part := own_part(parameter)) is not None:
+        here, there = part
+        flat[there] = whole.flatten()[here].to(flat)
 
 
 def _deepspeed() -> Any:

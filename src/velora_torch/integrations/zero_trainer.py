@@ -29,8 +29,7 @@ class ZeroTrainerMixin:
     accelerator: Any
     zero_stage: int | None = None
     """1 or 2; None leaves the trainer as it is."""
-    last_part: bool = True
-    """Whether the next backward pass is the last of its micro-batch."""
+    last_part: bool
     _zero: ZeroOptimizer | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

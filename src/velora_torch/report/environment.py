@@ -33,18 +33,19 @@ _CGROUP_LIMITS = (
 
 def machine_info(device: str | torch.device = "cpu") -> MachineInfo:
     """CPU, cores and memory that this process may use, and the name of the training `device`."""
-    from velora_torch import half_products  # and torch with it
+    import torch
+
+    from velora_torch import half_products
 
     info = MachineInfo(
         cpu=_cpu_model(),
         cores=_cores(),
         memory_bytes=_memory_bytes(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
         device=str(device),
         half_products="float32" if half_products.are_float32() else "native",
     )
     if str(device).startswith("cuda"):
-        import torch
-
         properties = torch.cuda.get_device_properties(device)
         info.device, info.device_memory_bytes = properties.name, properties.total_memory
     return info

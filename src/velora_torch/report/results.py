@@ -28,6 +28,8 @@ class MachineInfo:
     """Cores that the process may use."""
     memory_bytes: int | None = None
     """Memory that the process may use."""
+    instructions: str = ""
+    """The CPU's widest vectors that PyTorch uses, such as "AVX2" or "AVX512"; "": not known."""
     device: str = "cpu"
     """What trained: "cpu", or the accelerator's name."""
     device_memory_bytes: int | None = None

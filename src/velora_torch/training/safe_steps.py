@@ -61,7 +61,8 @@ class SafeSteps:
     current_gradient_accumulation_steps: float
     forget_gradients: Callable[[], None]
     held_gradients: Callable[[], Iterator[Tensor]]
-    last_part: bool
+    last_part: bool = True
+    """Whether the next backward pass is the last of its micro-batch."""
     parts: int = 1
     """Pieces into which a micro-batch is cut, each with a forward and backward pass of its own."""
     skipped: tuple[int, ...] = ()

@@ -53,6 +53,13 @@ VARIANTS = (
     Variant("velora-value-down-8bit", "VeLoRA: v, down, 8-bit AdamW", "full"),
     Variant("velora-all-8bit", "VeLoRA: all, 8-bit AdamW", "full"),
     Variant("velora-all-gc", "VeLoRA: all, + gradient checkpointing", "full"),
+    Variant("full-8bit-gc", "Full, 8-bit AdamW + gradient checkpointing", "full"),
+    Variant(
+        "velora-value-down-8bit-gc",
+        "VeLoRA: v, down, 8-bit AdamW + gradient checkpointing",
+        "full",
+    ),
+    Variant("velora-all-8bit-gc", "VeLoRA: all, 8-bit AdamW + gradient checkpointing", "full"),
 )
 
 
@@ -91,6 +98,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-value-down-8bit": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-all-8bit": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
     "velora-all-gc": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
+    "full-8bit-gc": {"velora": None},
+    "velora-value-down-8bit-gc": {"velora": _velora(VALUE_AND_DOWN)},
+    "velora-all-8bit-gc": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
 }
 """What is compressed, by variant."""
 
@@ -164,11 +174,12 @@ def method(
         twice = 2 * (rates.linear or rates.rest)
         train.setdefault("learning_rates", {})[FASTER[variant]] = twice
     projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
-    if variant.endswith("-gc"):
+    words = variant.split("-")
+    if "gc" in words:
         train["gradient_checkpointing"] = True
-    elif variant.endswith("-8bit"):
+    if "8bit" in words:
         train["optimizer"] = "adamw_bnb_8bit"
-    elif variant == "lora":
+    if variant == "lora":
         top |= {
             "method": "lora",
             "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
