@@ -88,7 +88,7 @@ SMALL: Pairs = {
     "velora-qk-faster": ((3.2e-2, 1e-3),),
     "apollo": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
     "velora-all-average": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
-    "velora-all-running": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
+    "velora-all-running": tuple((3.2e-2, rate) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)),
     "lora": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
     "flora": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
 }

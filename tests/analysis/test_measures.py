@@ -69,6 +69,18 @@ def test_groups_of_one_direction_each_have_rank_one_alone_and_more_together():
     assert ranks.shared == pytest.approx(2)
 
 
+def test_groups_that_all_follow_one_direction_tell_no_others_apart():
+    direction = torch.randn(8, 4, dtype=torch.float64)
+    noise_TD = torch.randn(4000, 32, dtype=torch.float64)
+    x_TD = 9 * torch.outer(torch.randn(4000, dtype=torch.float64), direction.flatten()) + noise_TD
+    along = direction / direction.norm(dim=1, keepdim=True)
+    across = torch.randn(8, 4, dtype=torch.float64)
+    across -= (across * along).sum(dim=1, keepdim=True) * along
+    across /= across.norm(dim=1, keepdim=True)
+    assert measures.stable_rank(projected(x_TD, along)[1]) == pytest.approx(1, abs=0.05)
+    assert measures.stable_rank(projected(x_TD, across)[1]) == pytest.approx(8, rel=0.15)
+
+
 def test_groups_of_zeros_are_left_out_of_the_mean():
     x_TGM = torch.zeros(5, 2, 3)
     x_TGM[:, 0, 0] = 1

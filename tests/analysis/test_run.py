@@ -81,6 +81,7 @@ def test_the_numbers_agree_with_each_other(made):
         assert 0 <= row.energy_lowest <= row.energy <= row.energy_highest <= 1
         assert row.relative_error == pytest.approx(math.sqrt(1 - row.cosine**2), abs=1e-3)
         assert 0 <= row.sparsity <= 1
+        assert 1 <= row.stable_rank <= row.groups
         assert 0 <= row.spread <= math.pi / 2
     ranks = {(rank.step, rank.layer, rank.groups): rank for rank in analysis.ranks}
     best = [row for row in analysis.projections if (row.step, row.init) == (0, "svd")]

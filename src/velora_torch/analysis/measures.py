@@ -36,7 +36,8 @@ def stable_rank(a_NM: Tensor) -> float:
     """‖A‖_F² / ‖A‖_2²: between 1 (rank one) and min(N, M) (all singular values are equal).
 
     Paper, figure 2a, with the matrix of all sub-tokens of a batch, (T * G, M). Its inverse is the
-    energy that the best shared vector keeps, the first right singular vector.
+    energy that the best shared vector keeps, the first right singular vector. Of z, (T, G), it says
+    how many directions of the input the kept numbers tell apart: 1 if all groups say the same.
 
     Returns:
         NaN where it is not defined: for a matrix of zeros, or one that is not finite.

@@ -7,6 +7,7 @@ What each number means is said by the functions that compute it, in `measures.py
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ class Projection:
     """Mean change of the similarity of two sub-tokens."""
     prediction_gap: float
     """Largest distance between the measured and the predicted curve of figure 2b."""
+    stable_rank: float = math.nan
+    """Of z, the matrix of what is kept, T x G: how many directions of the input it tells apart."""
 
 
 @dataclass

@@ -71,6 +71,7 @@ class Table:
                         spread=_short(change.spread),
                         similarity_change=_short(change.mean),
                         prediction_gap=_short(change.gap),
+                        stable_rank=_short(measures.stable_rank(z_TG)),
                     )
                 )
 

@@ -12,6 +12,7 @@ from velora_torch.analysis.rows import mean
 
 COLUMNS = {  # field of Projection -> heading
     "energy": "energy kept",
+    "stable_rank": "stable rank of z",
     "zeroed": "sub-tokens zeroed",
     "cosine": "cosine",
     "relative_error": "relative error",
