@@ -47,6 +47,7 @@ TIMED = (
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
     ("llama-2048", "factored+gc", "plain+gc", "the same, both with gradient checkpointing"),
     ("llama-2048", "factored+compile", "plain+compile", "the same, both compiled"),
+    ("llama-2048-fp32", "factored", "plain", "the same in float32, on a CPU that has only AVX2"),
     ("llama-1024-lora", "lora+velora", "lora", "LoRA, width 1024"),
     ("llama-1024-lora", "lora+velora", "peft-velora", "LoRA, width 1024, over PEFT's own VeLoRA"),
 )

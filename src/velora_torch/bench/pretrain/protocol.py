@@ -143,7 +143,7 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "lora": 2e-3,
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
-    "velora-all-running": 1e-3,
+    "velora-all-running": 5e-4,
 }
 # The larger model: chosen for full training and three of VeLoRA; the others have half of theirs.
 _LARGER = {name: rate / 2 for name, rate in _SMALL.items()} | {
