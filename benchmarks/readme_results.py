@@ -37,9 +37,20 @@ FINE_TUNED = {
 }
 """What is fine-tuned, by bench."""
 PRE_TRAINED = (
-    *("full", "full-8bit", "lora", "galore", "galore-eighth", "galore-twelfth", "apollo", "flora"),
+    *(
+        "full",
+        "full-8bit",
+        "full-gc",
+        "lora",
+        "galore",
+        "galore-eighth",
+        "galore-twelfth",
+        "apollo",
+        "flora",
+    ),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all"),
     *("velora-value-down-8bit", "velora-all-8bit"),
+    "velora-value-down-8bit-gc",
 )
 """Variants; docs/results/pretraining.md has them all."""
 TIMED = (
@@ -47,7 +58,7 @@ TIMED = (
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
     ("llama-2048", "factored+gc", "plain+gc", "the same, both with gradient checkpointing"),
     ("llama-2048", "factored+compile", "plain+compile", "the same, both compiled"),
-    ("llama-2048-fp32", "factored", "plain", "the same in float32, on a CPU that has only AVX2"),
+    ("llama-2048-fp32", "factored", "plain", "the same in float32, on another CPU"),
     ("llama-1024-lora", "lora+velora", "lora", "LoRA, width 1024"),
     ("llama-1024-lora", "lora+velora", "peft-velora", "LoRA, width 1024, over PEFT's own VeLoRA"),
 )

@@ -147,7 +147,7 @@ def markdown(summary: Summary, plot: str | None = None) -> str:
         parts += ["## With VeLoRA and without", _pairs_story(), _pairs_table(summary)]
     if plot is not None:
         parts += ["## Accuracy against memory", f"![accuracy against memory]({plot})"]
-    parts.append(origin(summary.rows, sum(row.seconds for row in summary.rows)))
+    parts.append(origin(summary.rows, lambda row: row.seconds))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from velora_torch.report.quantities import format_seconds
 
@@ -44,20 +44,33 @@ class Measured(Protocol):
         """As `version_info` tells it."""
 
 
-def origin(rows: Sequence[Measured], seconds: float) -> str:
-    """Command and versions of the newest row, each kind of machine, and the time of all."""
-    if not rows:
-        return ""
-    newest = max(rows, key=lambda row: row.date)
+MeasuredT = TypeVar("MeasuredT", bound=Measured)
+
+
+def origin(rows: Iterable[MeasuredT], spent: Callable[[MeasuredT], float]) -> str:
+    """A paragraph for each command that rows come from: when, how long, on which machines.
+
+    Args:
+        rows: of one table.
+        spent: seconds that a row took.
+    """
+    by_command: dict[str, list[MeasuredT]] = {}
+    for row in sorted(rows, key=lambda row: row.date):
+        by_command.setdefault(row.command, []).append(row)
+    return "\n\n".join(_of_command(own, sum(map(spent, own))) for own in by_command.values())
+
+
+def _of_command(rows: Sequence[Measured], seconds: float) -> str:
+    """What its rows, oldest first, say; versions are those of the newest."""
+    oldest, newest = rows[0], rows[-1]
     machines = dict.fromkeys(_machine(row) for row in rows)
     versions = ", ".join(
         f"{name} {newest.versions[name]}"
         for name in ("velora_torch", "torch", "transformers", "peft", "bitsandbytes")
         if name in newest.versions
     )
-    first = min(row.date for row in rows)[:10]
     return (
-        f"Command: `{newest.command}`, {first} to {newest.date[:10]}, "
+        f"Command: `{newest.command}`, {oldest.date[:10]} to {newest.date[:10]}, "
         f"{format_seconds(seconds)} in all. Machine: {'; '.join(machines)}. {versions}."
     )
 

@@ -29,7 +29,9 @@ COPYING = {
 }
 """DeepSpeed's optimizers without ZeRO that step float32 copies: module, class, what they hold."""
 
-MARKS = ("_hp_mapping", "ds_id")
+PIECE = "_hp_mapping"
+"""Attribute of a parameter that ZeRO-1 or 2 steps: which piece this process has of it, or None."""
+MARKS = (PIECE, "ds_id")
 """Attributes that DeepSpeed gives parameters that it steps in pieces; the second is ZeRO-3's."""
 
 INSTEAD = (
@@ -110,7 +112,7 @@ def is_followed(optimizer: Optimizer) -> bool:
 
 def takes_gradients(parameter: Tensor) -> bool:
     """Whether a gradient that is gone from a parameter has only been put elsewhere."""
-    return hasattr(parameter, MARKS[0])
+    return hasattr(parameter, PIECE)
 
 
 def split_by_type(optimizer: Optimizer) -> list[int]:
@@ -141,7 +143,7 @@ def own_part(parameter: Tensor) -> tuple[slice, slice] | None:
 
     None: nothing, it is all in other processes' pieces.
     """
-    piece = getattr(parameter, MARKS[0], None)
+    piece = getattr(parameter, PIECE, None)
     if piece is None:
         return None
     here, there = piece.lp_fragment_address, piece.hp_fragment_address
@@ -166,7 +168,7 @@ def turn_moments(zero: Any, rule: Rule, coef: Tensor, turn_G: Tensor, sign_turn_
     if part is None:
         return
     here, there = part
-    flat = zero.single_partition_of_fp32_groups[getattr(coef, MARKS[0]).param_group_index]
+    flat = zero.single_partition_of_fp32_groups[getattr(coef, PIECE).param_group_index]
     state = zero.optimizer.state.get(flat, {})
     for names, factor_G in ((rule.moments, turn_G), (rule.sign_moments, sign_turn_G)):
         for name in names:
@@ -178,7 +180,7 @@ def turn_moments(zero: Any, rule: Rule, coef: Tensor, turn_G: Tensor, sign_turn_
 @torch.no_grad()
 def clear_master(coef: Tensor) -> None:
     """Zero ZeRO's float32 copy of coefficients that were folded, else they would come back."""
-    piece = getattr(coef, MARKS[0], None)
+    piece = getattr(coef, PIECE, None)
     if piece is not None:
         piece.hp_fragment.zero_()
 

@@ -69,8 +69,6 @@ def _velora(targets: str, size: int | dict[str, int] = M, **more: Any) -> dict[s
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"velora": None},
-    "full-gc": {"velora": None},
-    "full-8bit": {"velora": None},
     "lora": {"velora": None},
     "galore": {"velora": None},
     "galore-eighth": {"velora": None},
@@ -95,14 +93,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-all-m4": {"velora": _velora(ALL_LINEAR, 4, **REDRAWN)},
     "velora-all-m16": {"velora": _velora(ALL_LINEAR, 16, **REDRAWN)},
     "velora-all-m32": {"velora": _velora(ALL_LINEAR, 32, **REDRAWN)},
-    "velora-value-down-8bit": {"velora": _velora(VALUE_AND_DOWN)},
-    "velora-all-8bit": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
-    "velora-all-gc": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
-    "full-8bit-gc": {"velora": None},
-    "velora-value-down-8bit-gc": {"velora": _velora(VALUE_AND_DOWN)},
-    "velora-all-8bit-gc": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
 }
-"""What is compressed, by variant."""
+"""What is compressed, by variant; one with `ADDITIONS` compresses what it does without them."""
+ADDITIONS: dict[str, dict[str, Any]] = {
+    "8bit": {"optimizer": "adamw_bnb_8bit"},
+    "gc": {"gradient_checkpointing": True},
+}
+"""Settings of `train`, by the word at the end of a variant's name."""
+
+
+def without_additions(variant: str) -> str:
+    """The variant that it adds to: "velora-all" of "velora-all-8bit-gc"."""
+    return "-".join(word for word in variant.split("-") if word not in ADDITIONS)
+
 
 FASTER = {"velora-qk-faster": QUERY_AND_KEY}
 """Layers with twice the learning rate of the other linear layers, by variant."""
@@ -153,7 +156,7 @@ _LARGER = {name: rate / 2 for name, rate in _SMALL.items()} | {
     "velora-all": 1e-3,
 }
 LOCAL_RATES = {
-    task: {name: Rates(REST, rate) for name, rate in rates.items()}
+    task: {v.name: Rates(REST, rates[without_additions(v.name)]) for v in VARIANTS}
     for task, rates in (("llama-3m", _SMALL), ("llama-15m", _LARGER))
 }
 
@@ -166,7 +169,7 @@ def method(
     `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers.
     """
     rank = WIDTHS[model] // RANK_SHARES.get(variant, 4)
-    top: dict[str, Any] = {"method": "full", **with_seed(METHODS[variant], seed)}
+    top: dict[str, Any] = {"method": "full", **with_seed(METHODS[without_additions(variant)], seed)}
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
         train["learning_rates"] = {ALL_LINEAR: rates.linear}
@@ -174,11 +177,8 @@ def method(
         twice = 2 * (rates.linear or rates.rest)
         train.setdefault("learning_rates", {})[FASTER[variant]] = twice
     projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
-    words = variant.split("-")
-    if "gc" in words:
-        train["gradient_checkpointing"] = True
-    if "8bit" in words:
-        train["optimizer"] = "adamw_bnb_8bit"
+    for word in variant.split("-"):
+        train |= ADDITIONS.get(word, {})
     if variant == "lora":
         top |= {
             "method": "lora",

@@ -99,7 +99,7 @@ def report(finished: Finished, output: Path) -> str:
         parts += [f"## {task}, {own.details['tokens']:,} tokens", _table(lines)]
         for name, words in draw(lines, task, output).items():
             parts.append(f"![{words}]({name})")
-    parts.append(origin(finished.rows, sum(row.seconds for row in finished.rows)))
+    parts.append(origin(finished.rows, lambda row: row.seconds))
     return "\n\n".join(parts) + "\n"
 
 

@@ -60,13 +60,7 @@ def markdown(found: Found, cases: Sequence[Case], plot: str | None = None) -> st
     split = [case for case in own if case.level == "parts"]
     if split:
         parts += ["## Where the time of a layer goes", PARTS_STORY, _parts_table(split, found)]
-    by_command: dict[str, list[SpeedRow]] = {}
-    for row in rows:  # commands may have run on different machines
-        by_command.setdefault(row.command, []).append(row)
-    parts += [
-        origin(own_rows, sum(sum(row.seconds) for row in own_rows))
-        for own_rows in by_command.values()
-    ]
+    parts.append(origin(rows, lambda row: sum(row.seconds)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
