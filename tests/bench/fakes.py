@@ -16,6 +16,7 @@ VARIANTS = (
     Variant("probe", "Linear probing"),
 )
 TASKS = ("a", "b")
+AT_WORK = b"at work\n"
 
 
 def recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def run_elsewhere(cell: Cell) -> Row:
 
 
 def sleep(cell: Cell) -> Row:
-    """A cell that takes longer than the test."""
+    """A cell that says that it runs, and takes longer than the test."""
+    os.write(1, AT_WORK)
     time.sleep(60)
     return row(cell)

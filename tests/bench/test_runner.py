@@ -6,7 +6,10 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +162,29 @@ def test_ctrl_c_ends_the_processes(path):
     press.join()
     signal.signal(signal.SIGINT, former)
     assert multiprocessing.active_children() == []
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.bench import fakes, test_runner
+from velora_torch.bench.runner import Runner
+if __name__ == "__main__":
+    Runner(Path(sys.argv[1]), fakes.sleep, print, jobs=2).run(test_runner.grid())
+"""
+
+
+def test_processes_end_with_the_one_that_is_killed(path, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as main:
+        assert main.stdout is not None
+        at_work = 0
+        while at_work < 2:
+            line = main.stdout.readline()
+            assert line, "it ended by itself"
+            at_work += line == fakes.AT_WORK
+        main.kill()
+        main.communicate(timeout=30)  # the output ends when no process has it any more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -183,6 +184,7 @@ def threads_for(jobs: int) -> int:
 def _prepare_worker(jobs: int) -> None:
     """Before a worker imports torch: its share of the cores; Ctrl-C is the main process's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     threads = str(threads_for(jobs))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -190,3 +192,11 @@ def _prepare_worker(jobs: int) -> None:
     import torch
 
     torch.set_num_threads(int(threads))
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that wants its result is gone, however it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
