@@ -138,9 +138,11 @@ def test_a_machine_says_how_it_multiplied() -> None:
     assert machine_info().half_products == "native"
     with float32_products(HALF):
         assert machine_info().half_products == "float32"
+        about = vars(machine_info()) | {"cpu": "Example", "cores": 2}
 
-        row = SimpleNamespace(machine=vars(machine_info()) | {"cpu": "Example", "cores": 2})
-    assert _machine(row) == "Example, 2 cores without bfloat16 instructions"
+    for instructions, kind in (("AVX2", "Example (AVX2)"), ("", "Example")):
+        row = SimpleNamespace(machine=about | {"instructions": instructions})
+        assert _machine(row) == f"{kind}, 2 cores without bfloat16 instructions"
 
 
 def test_slow_types_are_what_the_cpu_lacks() -> None:
