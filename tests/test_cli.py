@@ -147,15 +147,31 @@ def test_print_config_is_a_recipe(monkeypatch, capsys, tmp_path):
 # ------------------------------------------------------------------ plan
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a small model's configuration, and what is predicted of it for all plans."""
     pytest.importorskip("transformers")
     from tests import tiny_models
+    from velora_torch.memory.planner.predictor import Predictor
 
+    place = tmp_path_factory.mktemp("plan") / "model"
     config = tiny_models.llama().config
     config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    config.save_pretrained(place)
+    known: dict[str, Predictor] = {}
+
+    def predictor(architecture, dtype, device, loss, ranks):
+        made = Predictor(architecture, dtype, device, loss, ranks)
+        return known.setdefault(repr((dtype, device, loss, ranks)), made)
+
+    return str(place), predictor
+
+
+@pytest.fixture
+def folder(small, monkeypatch):
+    place, predictor = small
+    monkeypatch.setattr("velora_torch.memory.planner.plan.Predictor", predictor)
+    return place
 
 
 def plan(monkeypatch, capsys, folder: str, *more: str) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 TIMEOUT = 240.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "velora_torch", "peft"])
+_CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def on_ranks(count: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:

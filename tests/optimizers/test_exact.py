@@ -61,20 +61,24 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+# An optimizer sees coefficients, whatever v they belong to: each is tried with the choice of v that
+# has every part, and each choice with one optimizer of either kind.
+RICHEST = CHOICES["random-per-group"]
+
+
 @pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
-def test_linear_optimizers_equal_the_dense_gradient(make, choice):
-    assert train_both(pair(**choice), make) < 1e-12
+def test_linear_optimizers_equal_the_dense_gradient(make):
+    assert train_both(pair(**RICHEST), make) < 1e-12
 
 
-@pytest.mark.parametrize("choice", ["average-shared", "random-per-group"])
 @pytest.mark.parametrize("make", INVARIANT.values(), ids=INVARIANT)
-def test_scale_invariant_optimizers_equal_the_dense_gradient(make, choice):
-    assert train_both(pair(**CHOICES[choice]), make) < 1e-8
+def test_scale_invariant_optimizers_equal_the_dense_gradient(make):
+    assert train_both(pair(**RICHEST), make) < 1e-8
 
 
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
-def test_adamw_with_every_choice_of_vectors(choice):
+def test_every_choice_of_vectors(choice):
+    assert train_both(pair(**choice), LINEAR["sgd-momentum"]) < 1e-12
     assert train_both(pair(**choice), INVARIANT["adamw"]) < 1e-8
 
 

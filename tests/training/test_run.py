@@ -316,5 +316,5 @@ def test_ctrl_c_saves_and_exits_with_130(recipe, tmp_path, model, rows):
     assert "Traceback" not in errors
     state = json.loads((tmp_path / "run/results.json").read_text())
     assert state["run"]["status"] == "interrupted"
-    done = command("train", "long.yaml", "train.steps=8", "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    results = go(load_recipe(tmp_path / "long.yaml", ["train.steps=8"]), resume=True)
+    assert results.run.status == "finished"

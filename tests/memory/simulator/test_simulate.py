@@ -42,14 +42,14 @@ def mid_size(layers: int, **settings: Any) -> Any:
 
 # setup, blocks of the model, blocks that are simulated
 EXTRAPOLATED: dict[str, tuple[Setup, int, tuple[int, int]]] = {
-    "full": (Setup(), 12, (3, 4)),
+    "full": (Setup(), 7, (3, 4)),
     "lora": (Setup(method="lora"), 5, (3, 4)),
-    "velora-accumulation": (Setup(velora=VELORA, accumulation=2), 6, (3, 4)),
+    "velora-accumulation": (Setup(velora=VELORA, accumulation=2), 5, (3, 4)),
     "gc-2": (Setup(checkpoint_every=2), 8, (4, 6)),
     "gc-3-velora": (Setup(checkpoint_every=3, velora=DOWN), 11, (5, 8)),
     "recompute-8bit": (
         Setup(recompute=True, chunked_loss=True, checkpoint_every=1, optimizer="adamw_8bit"),
-        6,
+        5,
         (3, 4),
     ),
     "qlora": (Setup(method="qlora", checkpoint_every=1), 5, (3, 4)),
