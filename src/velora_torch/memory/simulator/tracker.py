@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -28,6 +29,9 @@ from torch.utils.flop_counter import flop_registry
 BLOCK = 512
 """Bytes in which the CUDA allocator hands out memory."""
 
+
+_DEVICE = torch.ops.prim.device.default
+"""Most of the calls with fake tensors: C++ asks Python for the device of each, over and over."""
 
 AFTER_UPDATE = "after the update"
 """Place of what follows an optimizer's own step, such as folding."""
@@ -206,6 +210,8 @@ class Tracker(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operator and count what it made."""
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._phase == "optimizer" and self._place != AFTER_UPDATE:
