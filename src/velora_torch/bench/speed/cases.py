@@ -94,13 +94,11 @@ PARTS = [_layer(width, "bf16", tokens, "parts") for width, tokens in _LOCAL_PART
 # ------------------------------------------------------------------ models
 
 
-def llama(
-    width: int, intermediate: int, heads: int, blocks: int, batch: int, dtype: str = "bf16"
-) -> dict[str, Any]:
+def llama(width: int, intermediate: int, heads: int, blocks: int, batch: int) -> dict[str, Any]:
     """Settings of LLaMA blocks with a vocabulary so small that the head is no large part."""
     return {
         "family": "llama",
-        "dtype": DTYPES[dtype],
+        "dtype": DTYPES["bf16"],
         "batch": batch,
         "length": 512,
         "config": {
@@ -134,11 +132,26 @@ def _with_lora(case: Case) -> Case:
     return Case(f"{case.name}-lora", "model", "lora", about, case.settings, case.scale)
 
 
+def _in_float32(case: Case) -> Case:
+    settings = {**case.settings, "dtype": DTYPES["fp32"]}
+    return Case(f"{case.name}-fp32", "model", "full", f"{case.about}; in float32", settings, LARGE)
+
+
 _LLAMA_1024 = _model(
     "llama-1024", "4 LLaMA blocks of width 1024, 4 × 512 tokens", llama(1024, 2816, 16, 4, 4)
 )
 _LLAMA_2048 = _model(
     "llama-2048", "2 LLaMA blocks of width 2048, 2 × 512 tokens", llama(2048, 5632, 16, 2, 2)
+)
+_VIT_B = _model(
+    "vit-b",
+    "3 blocks of ViT-B/16, 8 images of 197 tokens",
+    preset("vit-b-16", 8, num_hidden_layers=3),
+)
+_ROBERTA = _model(
+    "roberta-base",
+    "3 blocks of RoBERTa-base with a small vocabulary, 8 × 128 tokens",
+    preset("roberta-base", 8, 128, num_hidden_layers=3, vocab_size=4096),
 )
 _SMOLLM2 = _model(
     "smollm2-135m", "SmolLM2-135M, 1 × 512 tokens", preset("smollm2-135m-instruct", 1, 512)
@@ -152,31 +165,12 @@ _LLAMA_4096 = _model(
 MODELS = [
     _LLAMA_1024,
     _LLAMA_2048,
-    _model(
-        "vit-b",
-        "3 blocks of ViT-B/16, 8 images of 197 tokens",
-        preset("vit-b-16", 8, num_hidden_layers=3),
-    ),
-    _model(
-        "roberta-base",
-        "3 blocks of RoBERTa-base with a small vocabulary, 8 × 128 tokens",
-        preset("roberta-base", 8, 128, num_hidden_layers=3, vocab_size=4096),
-    ),
+    _VIT_B,
+    _ROBERTA,
     _SMOLLM2,
     _with_lora(_LLAMA_1024),
     _with_lora(_LLAMA_2048),
-    _model(
-        "llama-1024-fp32",
-        "4 LLaMA blocks of width 1024 in float32, 4 × 512 tokens",
-        llama(1024, 2816, 16, 4, 4, "fp32"),
-        LARGE,
-    ),
-    _model(
-        "llama-2048-fp32",
-        "2 LLaMA blocks of width 2048 in float32, 2 × 512 tokens",
-        llama(2048, 5632, 16, 2, 2, "fp32"),
-        LARGE,
-    ),
+    *map(_in_float32, (_LLAMA_1024, _LLAMA_2048, _VIT_B, _ROBERTA, _SMOLLM2)),
     _model("vit-b-whole", "ViT-B/16, 64 images of 197 tokens", preset("vit-b-16", 64), LARGE),
     _model(
         "roberta-base-whole",
