@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 pytest.importorskip("typer")
@@ -158,15 +160,7 @@ def small(tmp_path_factory):
     config = tiny_models.llama().config
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(place)
-    known: dict[str, Predictor] = {}
-
-    def predictor(architecture, dtype, device, loss, ranks):
-        made = Predictor(architecture, dtype, device, loss, ranks)
-        first = known.setdefault(repr((dtype, device, loss)), made)
-        made._passes, made._steps = first._passes, first._steps  # before ranks share them
-        return made
-
-    return str(place), predictor
+    return str(place), functools.partial(Predictor, _passes={}, _steps={})
 
 
 @pytest.fixture

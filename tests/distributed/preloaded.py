@@ -29,4 +29,4 @@ for name in _USED:
         importlib.import_module(name)
 
 gc.collect()
-gc.freeze()  # nor searches it, at every collection
+gc.freeze()  # so that no rank's garbage collector searches all of it, more than once
