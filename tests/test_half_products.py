@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,60 @@ def test_products_and_gradients_are_those_of_float32_rounded(
         assert narrow.grad is not None
         assert narrow.grad.dtype == dtype
         assert_close(narrow.grad, reference.grad, TOLERANCE[dtype])
+
+
+needs_kernels = pytest.mark.skipif(
+    not hasattr(torch.library, "get_kernel"), reason="this PyTorch hands out no kernels"
+)
+
+
+def attention_masks(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    if kind == "causal":
+        return {"is_causal": True}
+    hidden = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
+    hidden[1, :, :, 6:] = True
+    if kind == "bool mask":
+        return {"attn_mask": ~hidden}
+    if kind == "bias":
+        return {"attn_mask": torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -9.0)}
+    return {"scale": 0.25} if kind == "scale" else {}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool mask", "bias", "scale"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_attention_and_its_gradients_are_those_of_float32_rounded(
+    emulated: object, kind: str, dtype: torch.dtype
+) -> None:
+    given = operands(((2, 3, 7, 5), (2, 3, 9, 5), (2, 3, 9, 5)), dtype)
+    wide = [t.detach().float().requires_grad_() for t in given]
+    narrow_mask, wide_mask = attention_masks(kind, dtype), attention_masks(kind, torch.float32)
+    result = functional.scaled_dot_product_attention(*given, **narrow_mask)
+    exact = functional.scaled_dot_product_attention(*wide, **wide_mask)
+    assert result.dtype == dtype
+    assert_bitwise(result, exact.to(dtype))
+    torch.manual_seed(1)
+    grad = torch.randn(result.shape).to(dtype)
+    result.backward(grad)
+    exact.backward(grad.float())
+    for narrow, reference in zip(given, wide, strict=True):
+        assert narrow.grad is not None
+        assert narrow.grad.dtype == dtype
+        assert_close(narrow.grad, reference.grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_attention_in_other_types_stays_as_it_is(dtype: torch.dtype) -> None:
+    def attend() -> list[Tensor]:
+        given = operands(((2, 3, 7, 5), (2, 3, 7, 5), (2, 3, 7, 5)), dtype)
+        result = functional.scaled_dot_product_attention(*given, is_causal=True)
+        return [result, *torch.autograd.grad(result.square().sum(), given)]
+
+    plain = attend()
+    with float32_products(HALF):
+        covered = attend()
+    for mine, theirs in zip(covered, plain, strict=True):
+        assert_bitwise(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])

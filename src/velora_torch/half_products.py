@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ def float32_products(types: tuple[torch.dtype, ...] | None = None) -> Iterator[N
     """Compute products of half-precision matrices on the CPU in float32 while this is open.
 
     `torch.mm`, `addmm`, `bmm` and `baddbmm`, and all that is made of them (linear layers, einsum,
-    attention written out), forward and backward, in every thread of the process; other types and
-    other devices are as before. Contexts may be nested; the types of the outermost count. Not
+    attention written out), and `scaled_dot_product_attention` (where PyTorch is new enough to have
+    `torch.library.get_kernel`), forward and backward, in every thread of the process; other types
+    and other devices are as before. Contexts may be nested; the types of the outermost count. Not
     seen by code that `torch.compile` has compiled.
 
     Args:
@@ -89,4 +91,37 @@ def _register(types: tuple[torch.dtype, ...]) -> torch.library.Library:
 
     for name, kernel in (("mm", mm), ("bmm", bmm), ("addmm", addmm), ("baddbmm", baddbmm)):
         library.impl(name, kernel, "CPU")
+    for packet in (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    ):
+        if attention := _attention(packet.default, types):
+            library.impl(packet.default, attention, "CPU")
     return library
+
+
+def _attention(
+    operator: torch._ops.OpOverload, types: tuple[torch.dtype, ...]
+) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The operator, or its backward, through float32; None where PyTorch hands out no kernels."""
+    get_kernel = getattr(torch.library, "get_kernel", None)
+    if get_kernel is None:
+        return None
+    plain = get_kernel(operator, "CPU")  # taken before it is covered: it does not come back here
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def attention(*given: Any, attn_mask: Tensor | None = None, **scale: Any) -> tuple[Tensor, ...]:
+        dtype = given[0].dtype
+        if dtype not in types:
+            return plain.call_boxed(keys, *given, attn_mask=attn_mask, **scale)
+
+        def widen(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.dtype == dtype else x
+
+        results = plain.call_boxed(keys, *map(widen, given), attn_mask=widen(attn_mask), **scale)
+        if operator.name().endswith("_backward"):
+            return tuple(grad.to(dtype) for grad in results)
+        output, logsumexp = results  # which is float32 for half-precision inputs too
+        return output.to(dtype), logsumexp
+
+    return attention
