@@ -93,7 +93,11 @@ SMALL: Pairs = {
     "flora": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
 }
 LARGER: Pairs = {
-    "full": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
+    "full": (
+        (8e-3, 5e-4),
+        (1.6e-2, 5e-4),
+        *((3.2e-2, rate) for rate in (2.5e-4, 5e-4, 1e-3)),
+    ),
     "velora-value-down": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
     "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
     "velora-all": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
