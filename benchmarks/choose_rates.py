@@ -96,7 +96,8 @@ LARGER: Pairs = {
     "full": (
         (8e-3, 5e-4),
         (1.6e-2, 5e-4),
-        *((3.2e-2, rate) for rate in (2.5e-4, 5e-4, 1e-3)),
+        *((3.2e-2, rate) for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
+        (6.4e-2, 2.5e-4),
     ),
     "velora-value-down": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
     "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
