@@ -35,6 +35,21 @@ def operands(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> list[Te
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
+def assert_rounded(result: Tensor, exact: Tensor, given: list[Tensor], wide: list[Tensor]) -> None:
+    """The result is the exact one, rounded; the gradients of what it was given are close."""
+    dtype = given[0].dtype
+    assert result.dtype == dtype
+    assert_bitwise(result, exact.to(dtype))
+    torch.manual_seed(1)
+    grad = torch.randn(result.shape).to(dtype)
+    result.backward(grad)
+    exact.backward(grad.float())
+    for narrow, reference in zip(given, wide, strict=True):
+        assert narrow.grad is not None
+        assert narrow.grad.dtype == dtype
+        assert_close(narrow.grad, reference.grad, TOLERANCE[dtype])
+
+
 @pytest.fixture
 def emulated() -> object:
     with float32_products(HALF):
@@ -50,16 +65,7 @@ def test_products_and_gradients_are_those_of_float32_rounded(
     given = operands(shapes, dtype)
     wide = [t.detach().float().requires_grad_() for t in given]
     result, exact = product(*given), product(*wide)
-    assert result.dtype == dtype
-    assert_bitwise(result, exact.to(dtype))
-    torch.manual_seed(1)
-    grad = torch.randn(result.shape).to(dtype)
-    result.backward(grad)
-    exact.backward(grad.float())
-    for narrow, reference in zip(given, wide, strict=True):
-        assert narrow.grad is not None
-        assert narrow.grad.dtype == dtype
-        assert_close(narrow.grad, reference.grad, TOLERANCE[dtype])
+    assert_rounded(result, exact, given, wide)
 
 
 needs_kernels = pytest.mark.skipif(
@@ -90,16 +96,7 @@ def test_attention_and_its_gradients_are_those_of_float32_rounded(
     narrow_mask, wide_mask = attention_masks(kind, dtype), attention_masks(kind, torch.float32)
     result = functional.scaled_dot_product_attention(*given, **narrow_mask)
     exact = functional.scaled_dot_product_attention(*wide, **wide_mask)
-    assert result.dtype == dtype
-    assert_bitwise(result, exact.to(dtype))
-    torch.manual_seed(1)
-    grad = torch.randn(result.shape).to(dtype)
-    result.backward(grad)
-    exact.backward(grad.float())
-    for narrow, reference in zip(given, wide, strict=True):
-        assert narrow.grad is not None
-        assert narrow.grad.dtype == dtype
-        assert_close(narrow.grad, reference.grad, TOLERANCE[dtype])
+    assert_rounded(result, exact, given, wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
