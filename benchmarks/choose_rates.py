@@ -99,9 +99,13 @@ LARGER: Pairs = {
         *((3.2e-2, rate) for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
         (6.4e-2, 2.5e-4),
     ),
-    "velora-value-down": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
-    "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3)),
-    "velora-all": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
+    "velora-value-down": tuple((3.2e-2, rate) for rate in (2.5e-4, 5e-4, 1e-3)),
+    "velora-not-qk": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+    "velora-all": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+    "lora": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+    "galore": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+    "apollo": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+    "flora": tuple((3.2e-2, rate) for rate in (1.25e-4, 2.5e-4, 5e-4)),
 }
 FROM_SCRATCH = {"llama-3m": SMALL, "llama-15m": LARGER}
 """Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
