@@ -170,6 +170,7 @@ def measure(bench: str, task: str, variant: str, rate: float | None, own: float 
         "metric": results.after.metric,
         "score": results.after.score,
         "perplexity": results.after.perplexity,
+        "text": results.run.data.get("digests"),
         "examples": [None if bench == "pretrain" else TRAIN, results.after.examples],
         "command": f"python benchmarks/choose_rates.py {bench}",
         "machine": vars(results.run.machine),
@@ -215,7 +216,7 @@ def main() -> None:
         return
     index, parts = (int(n) for n in arguments.part.split("/"))
     known = {key(row) for row in done(arguments.bench)}
-    todo = [cell for cell in cells(arguments.bench)[index - 1 :: parts] if cell not in known]
+    todo = [cell for cell in cells(arguments.bench) if cell not in known][index - 1 :: parts]
     for number, cell in enumerate(todo, 1):
         row = measure(arguments.bench, *cell)
         with ROWS.open("a") as file:

@@ -51,6 +51,8 @@ class RunInfo:
     """Wall-clock time of the whole run."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The recipe with every default filled in, as nested JSON values."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the recipe's data came to: examples, tokens; of pre-training digests of the text."""
     versions: dict[str, str] = field(default_factory=dict)
     machine: MachineInfo = field(default_factory=MachineInfo)
     signal: int | None = None

@@ -123,6 +123,7 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
             command=options.command,
             started=started,
             recipe=recipe.model_dump(mode="json"),
+            data=data.stats,
             versions=version_info(),
             machine=machine_info(next(model.parameters()).device),
         ),

@@ -176,9 +176,13 @@ class Recipe(Section):
                 fail("tokenizer", f"is for task: pretrain; task: {self.task} has the model's own")
             if self.train.tokens is not None:
                 fail("train.tokens", "is for task: pretrain; set train.epochs or train.steps")
+            if self.data.shuffle is not None:
+                fail("data.shuffle", "is for task: pretrain; train.seed shuffles other examples")
             return self
         if self.tokenizer is None:
             self.tokenizer = TokenizerSection()
+        if self.data.shuffle is None:
+            self.data.shuffle = True
         if self.method not in PRETRAINED:
             fail("method", f"has no sense with task: pretrain; known: {', '.join(PRETRAINED)}")
         if self.memory_budget is not None:

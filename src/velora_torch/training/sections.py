@@ -227,8 +227,11 @@ class DataSection(Section):
     """Use at most so many training examples."""
     max_eval: Positive | None = None
     """Use at most so many held-out examples."""
+    shuffle: bool | None = None
+    """Take the documents out of the order of their source (task: pretrain); null: true there."""
     seed: Natural = 0
-    """Seed of the split and of the choice when max_train or max_eval leaves some out."""
+    """Seed of the split and of the choice when max_train or max_eval leaves some out; with shuffle
+    of the order of documents too."""
 
     @field_validator("template")
     @classmethod

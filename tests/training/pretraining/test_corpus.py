@@ -9,6 +9,7 @@ import pytest
 
 from tests.training.pretraining import texts
 from velora_torch.training.packaged import manuals
+from velora_torch.training.pretraining import corpus as corpus_module
 from velora_torch.training.pretraining.corpus import check_corpus, documents, identity
 from velora_torch.training.sections import DataSection
 from velora_torch.training.sources import DataError
@@ -46,6 +47,40 @@ def test_held_out_data_of_their_own(corpus, tmp_path):
     other = texts.save_jsonl(tmp_path / "held.jsonl", texts.documents(5, seed=1))
     assert read(corpus, eval=str(other)) == DOCUMENTS
     assert read(corpus, "eval", eval=str(other)) == texts.documents(5, seed=1)
+
+
+def test_a_part_of_a_text_comes_from_everywhere(corpus, tmp_path):
+    """And an added document moves no other."""
+    mixed = read(corpus, shuffle=True)
+    assert sorted(mixed) == sorted(read(corpus))
+    ranks = [DOCUMENTS.index(text) for text in mixed[: len(mixed) // 3]]
+    assert min(ranks) < len(DOCUMENTS) / 4
+    assert max(ranks) > len(DOCUMENTS) * 3 / 4
+    assert read(corpus, shuffle=True, seed=1, eval_fraction=0.0) != read(
+        corpus, shuffle=True, eval_fraction=0.0
+    )
+    fewer = texts.save_jsonl(tmp_path / "fewer.jsonl", DOCUMENTS[:20] + DOCUMENTS[21:])
+    assert read(fewer, shuffle=True) == [text for text in mixed if text != DOCUMENTS[20]]
+
+
+def test_shuffled_text_has_the_same_documents_on_each_side(corpus):
+    assert set(read(corpus, "eval", shuffle=True)) == set(read(corpus, "eval"))
+    assert set(read(corpus, shuffle=True)) == set(read(corpus))
+
+
+def test_a_long_text_is_shuffled_block_by_block(corpus, monkeypatch):
+    monkeypatch.setattr(corpus_module, "BLOCK", 10 * len(DOCUMENTS[0]))
+    mixed = read(corpus, shuffle=True, eval_fraction=0.0)
+    assert sorted(mixed) == sorted(DOCUMENTS)
+    assert mixed != DOCUMENTS
+    moved = [abs(DOCUMENTS.index(text) - place) for place, text in enumerate(mixed)]
+    assert max(moved) < 13
+    assert mixed[:8] != DOCUMENTS[:8]
+
+
+def test_an_order_is_part_of_what_a_corpus_is(corpus):
+    data = DataSection(train=str(corpus))
+    assert identity(data) != identity(data.model_copy(update={"shuffle": True}))
 
 
 def test_limits_count_documents(corpus):

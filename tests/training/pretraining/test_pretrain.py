@@ -70,6 +70,9 @@ def test_a_run_learns_and_leaves_a_plain_model(recipe):
     assert results.before.metric == results.after.metric == "perplexity"
     assert results.after.score < 0.7 * results.before.score
     assert results.after.score == pytest.approx(math.exp(results.after.loss))
+    assert made.data.shuffle is True
+    assert set(results.run.data["digests"]) == {"train", "eval"}
+    assert results.run.data["train_tokens"] == 62 * 64
     assert results.before.score == pytest.approx(360, rel=0.2)  # knows nothing of 360 tokens
     assert results.memory.gradients < results.memory.weights
     assert [point.step for point in results.history] == list(range(1, 63))  # 4000 // 64
@@ -213,6 +216,15 @@ def test_counts(text, count):
         ({"tokenizer": {"vocab_size": 20}}, "a number greater than or equal to 320"),
         ({"tokenizer": {"vocab_size": 360, "source": "x"}}, "no effect with tokenizer.source"),
         ({"task": "language-modeling"}, "`tokenizer` is for task: pretrain"),
+        (
+            {
+                "task": "language-modeling",
+                "tokenizer": None,
+                "data": {"shuffle": False},
+                "train": {"tokens": None, "steps": 3},
+            },
+            r"`data.shuffle` is for task: pretrain; train.seed shuffles",
+        ),
         ({"memory_budget": "1GiB"}, "`memory_budget` cannot be planned for task: pretrain"),
     ],
 )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from tests.training.pretraining import texts
 from velora_torch.training.pretraining.tokenizer import END, train_bpe
-from velora_torch.training.pretraining.tokens import FILE, TokenWindows, tokenise
+from velora_torch.training.pretraining.tokens import ABOUT, FILE, TokenFile, TokenWindows, tokenise
 from velora_torch.training.sources import DataError
 
 DOCUMENTS = [*texts.documents(), "naïve 123 \t\n  ünïcode 😀 \x00"]
@@ -127,10 +132,29 @@ def test_a_window_depends_on_its_place_alone(file):
 def test_windows_end(file):
     windows = TokenWindows(file, 16, 3)
     assert len(list(windows)) == len(windows) == 3
-    assert len(windows.first(2)) == 2
-    assert len(windows.first(None)) == 3
     with pytest.raises(IndexError):
         windows[3]
+
+
+def test_windows_are_spread_over_the_whole_file(file):
+    whole = [row["input_ids"] for row in TokenWindows(file, 16)]
+    for count in (1, 2, 7, len(whole) - 1, len(whole)):
+        some = TokenWindows(file, 16, seed=3).spread(count)
+        assert len(some) == count
+        places = [index * len(whole) // count for index in range(count)]
+        assert all(torch.equal(some[n]["input_ids"], whole[at]) for n, at in enumerate(places))
+    for count in (len(whole) + 1, None):
+        assert len(TokenWindows(file, 16, 5).spread(count)) == len(whole)
+
+
+def test_a_file_knows_its_tokens(file, tmp_path):
+    """So that runs on other text are told apart."""
+    assert file.digest == hashlib.sha256(file.tokens_N.tobytes()).hexdigest()[:16]
+    old = shutil.copytree(Path(file.tokens_N.filename).parent, tmp_path / "old")
+    about = json.loads((old / ABOUT).read_text())
+    del about["digest"]
+    (old / ABOUT).write_text(json.dumps(about))
+    assert TokenFile(old).digest is None
 
 
 def test_too_little_text_is_told(file):

@@ -18,7 +18,8 @@ def details(recipe: Recipe, results: Results) -> dict[str, Any]:
         results: its results.
 
     Returns:
-        `curve`: a list of {tokens, seconds, perplexity}; `tokens`: in all; `peak_bytes`.
+        `curve`: a list of {tokens, seconds, perplexity}; `tokens`: in all; `peak_bytes`; `text`:
+        digests of what was read, {"train", "eval"}.
     """
     steps = recipe.steps()
     budget = recipe.token_budget()
@@ -33,7 +34,12 @@ def details(recipe: Recipe, results: Results) -> dict[str, Any]:
         }
         for point in results.evaluations
     ]
-    return {"curve": curve, "tokens": budget, "peak_bytes": peak_bytes(recipe)}
+    return {
+        "curve": curve,
+        "tokens": budget,
+        "peak_bytes": peak_bytes(recipe),
+        "text": results.run.data.get("digests"),
+    }
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -1,7 +1,8 @@
 """Documents of a corpus, one at a time: packaged text, a file, a folder of files, or the hub.
 
 A document is held out or trained on by a hash of its text, so that the split needs no second pass,
-is the same in any order, and keeps copies of a document on one side.
+is the same in any order, and keeps copies of a document on one side. The same hash shuffles: a run
+that takes a part of the text takes it from everywhere, and an added document moves no other.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from velora_torch.training.sources import (
 )
 
 Side = Literal["train", "eval"]
+BLOCK = 1 << 26
+"""Characters that are shuffled at a time; a longer text is shuffled block by block."""
 SECTION = 8192
 """Characters after which a plain text file may be cut into documents, at the next blank line."""
 
@@ -51,11 +54,12 @@ def check_corpus(name: str) -> None:
 
 
 def documents(data: DataSection, side: Side) -> Iterator[str]:
-    """Yield the documents to train on, or those that are held out, in the order of the source.
+    """Yield the documents to train on, or those that are held out.
 
     Args:
         data: names the sources, the split and the text's column; `max_train` and `max_eval` count
-            documents.
+            documents. With `shuffle`, documents come in an order that depends on `seed` and their
+            text, else in that of the source.
         side: which of the two.
 
     Raises:
@@ -78,27 +82,47 @@ def identity(data: DataSection) -> dict[str, Any]:
     the same as long as its name is.
     """
     fields = ("train", "eval", "eval_fraction", "subset", "train_split", "eval_split", "seed")
-    settings = {field: getattr(data, field) for field in (*fields, "max_train", "max_eval")}
+    own = ("shuffle", "max_train", "max_eval")
+    settings = {field: getattr(data, field) for field in (*fields, *own)}
     sources = (data.train, *([data.eval] if data.eval else []))
     return {**settings, "text": data.columns.text, "files": [_state(name) for name in sources]}
 
 
 def _all(data: DataSection, side: Side) -> Iterator[str]:
     if side == "eval" and data.eval is not None:
-        yield from _read(data, data.eval, data.eval_split or data.train_split)
+        texts = _read(data, data.eval, data.eval_split or data.train_split)
     elif side == "eval" and data.eval_split is not None:
-        yield from _read(data, data.train, data.eval_split)
-    elif data.eval is not None or data.eval_split is not None:
-        yield from _read(data, data.train, data.train_split)
+        texts = _read(data, data.train, data.eval_split)
     else:
-        for text in _read(data, data.train, data.train_split):
-            if _is_held_out(text, data) == (side == "eval"):
-                yield text
+        texts = _read(data, data.train, data.train_split)
+    if data.shuffle:
+        texts = _shuffled(texts, data)
+    if data.eval is None and data.eval_split is None:
+        texts = (text for text in texts if _is_held_out(text, data) == (side == "eval"))
+    return texts
+
+
+def _shuffled(texts: Iterator[str], data: DataSection) -> Iterator[str]:
+    """Blocks of a stream, each in the order of its documents' hashes."""
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK:
+            yield from sorted(block, key=lambda text: _hash(text, data))
+            block, size = [], 0
+    yield from sorted(block, key=lambda text: _hash(text, data))
 
 
 def _is_held_out(text: str, data: DataSection) -> bool:
+    return _hash(text, data) < data.eval_fraction * 2**64
+
+
+def _hash(text: str, data: DataSection) -> int:
+    """A number in [0, 2^64), as good as drawn at random for each text and seed."""
     digest = hashlib.sha256(f"{data.seed}\n{text}".encode("utf-8", errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") < data.eval_fraction * 2**64
+    return int.from_bytes(digest[:8], "big")
 
 
 def _read(data: DataSection, name: str, split: str) -> Iterator[str]:

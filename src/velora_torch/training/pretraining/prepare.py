@@ -57,7 +57,7 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
     elif recipe.train.epochs is not None:
         count = max(1, round(recipe.train.epochs * (len(train) // length)))
     windows = TokenWindows(train, length, count, seed=recipe.train.seed)
-    held_out = TokenWindows(held, length).first(recipe.evaluate.max_examples)
+    held_out = TokenWindows(held, length).spread(recipe.evaluate.max_examples)
     stats = {
         "format": "tokens",
         "source": data.train,
@@ -68,6 +68,7 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
         "train_tokens": len(windows) * length,
         "eval_tokens": len(held_out) * length,
         "corpus_tokens": len(train),
+        "digests": {"train": train.digest, "eval": held.digest},
         "passes": len(windows) / windows.windows,
         "vocabulary": len(tokenizer),
         "longest": length,

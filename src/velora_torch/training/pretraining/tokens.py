@@ -34,6 +34,8 @@ class TokenFile:
         self.documents: int = about["documents"]
         self.whole: bool = about["whole"]
         """Whether the corpus ended before the limit did."""
+        self.digest: str | None = about.get("digest")
+        """Of the tokens, so that runs on other text are told apart; None in older files."""
         path = folder / FILE
         kind = np.dtype(about["dtype"])
         if path.stat().st_size != about["tokens"] * kind.itemsize:
@@ -79,12 +81,15 @@ def _write(
     end = tokenizer.eos_token_id
     count = documents = 0
     told, whole = 10_000_000, True
+    digest = hashlib.sha256()
     with (folder / FILE).open("wb") as file:
         source = iter(texts)
         while batch := list(islice(source, BATCH)):
             encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             for ids in encoded:
-                np.asarray([*ids, end], dtype=kind).tofile(file)
+                row = np.asarray([*ids, end], dtype=kind).tobytes()
+                file.write(row)
+                digest.update(row)
                 count += len(ids) + 1
             documents += len(batch)
             if count >= told:
@@ -93,7 +98,13 @@ def _write(
             if limit is not None and count >= limit:
                 whole = False
                 break
-    about = {"tokens": count, "documents": documents, "dtype": kind.name, "whole": whole}
+    about = {
+        "tokens": count,
+        "documents": documents,
+        "dtype": kind.name,
+        "whole": whole,
+        "digest": digest.hexdigest()[:16],
+    }
     (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -127,6 +138,7 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
             )
         self._tokens, self._length, self._seed = file.tokens_N, length, seed
         self._count = self.windows if count is None else count
+        self._spread = False
         self._order: tuple[int, np.ndarray[Any, Any]] | None = None
 
     def __len__(self) -> int:
@@ -144,15 +156,18 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
         ids = torch.from_numpy(self._tokens[start : start + self._length].astype(np.int64))
         return {"input_ids": ids, "labels": ids.clone()}
 
-    def first(self, count: int | None) -> TokenWindows:
-        """The first windows, in the same order; all for None."""
-        shorter = object.__new__(TokenWindows)
-        shorter.__dict__.update(self.__dict__)
-        shorter._count = len(self) if count is None else min(count, len(self))
-        return shorter
+    def spread(self, count: int | None) -> TokenWindows:
+        """So many windows at equal distances over the file, in its order; all for None."""
+        fewer = object.__new__(TokenWindows)
+        fewer.__dict__.update(self.__dict__)
+        fewer._count = self.windows if count is None else min(count, self.windows)
+        fewer._seed, fewer._spread = None, True
+        return fewer
 
     def _place(self, index: int) -> int:
         """Place in the file of a window of the run."""
+        if self._spread:
+            return index * self.windows // self._count
         number, within = divmod(index, self.windows)
         if self._seed is None:
             return within
