@@ -23,10 +23,10 @@ from velora_torch.analysis.results import Analysis, LayerInfo, write_analysis
 from velora_torch.analysis.rows import Table
 from velora_torch.analysis.similarity import THRESHOLDS
 from velora_torch.atomic import write_whole
-from velora_torch.half_products import float32_products
 from velora_torch.report.environment import machine_info, version_info
 from velora_torch.report.quantities import format_seconds
 from velora_torch.report.results import RunInfo
+from velora_torch.training.precision import products_of
 from velora_torch.training.schema import Recipe
 
 Say = Callable[[str], None]
@@ -101,7 +101,6 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         ) from None
 
 
-@float32_products()
 def analyze(recipe: Recipe, request: Request, say: Say) -> Analysis:
     """Measure a recipe's layers, and write JSON, plots and a summary.
 
@@ -115,6 +114,11 @@ def analyze(recipe: Recipe, request: Request, say: Say) -> Analysis:
         AnalysisError: it cannot be made as asked. Nothing has been written.
     """
     request.check(recipe)
+    with products_of(recipe):
+        return _analyze(recipe, request, say)
+
+
+def _analyze(recipe: Recipe, request: Request, say: Say) -> Analysis:
     start = time.perf_counter()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="velora-analyze-") as scratch:

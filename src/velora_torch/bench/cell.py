@@ -15,13 +15,12 @@ from pathlib import Path
 
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.grid import Cell, Row
-from velora_torch.half_products import float32_products
 from velora_torch.memory.freed import TargetWarning
 from velora_torch.report.results import Quality, Results
+from velora_torch.training.precision import products_of
 from velora_torch.training.recipe import Recipe
 
 
-@float32_products()
 def run_cell(cell: Cell, command: str, scratch: Path) -> Row:
     """Train and score one cell.
 
@@ -50,10 +49,11 @@ def run_cell(cell: Cell, command: str, scratch: Path) -> Row:
         if results.run.status == "interrupted":
             raise KeyboardInterrupt
         gc.collect()  # the trainer and its model hold each other; what comes next needs the room
-        row = row_of(cell, results, command, {} if measure is None else measure(recipe))
-        if scale.details is not None:
-            with _quiet():
-                row.details = dict(scale.details(recipe, results))
+        with products_of(recipe):
+            row = row_of(cell, results, command, {} if measure is None else measure(recipe))
+            if scale.details is not None:
+                with _quiet():
+                    row.details = dict(scale.details(recipe, results))
     row.seconds = time.perf_counter() - start
     return row
 

@@ -15,7 +15,7 @@ from velora_torch.bench.grid import Cell
 from velora_torch.bench.interleave import Clock, Step, interleave, spread
 from velora_torch.bench.store import append_line, read_records
 from velora_torch.bench.surroundings import surroundings
-from velora_torch.half_products import float32_products
+from velora_torch.training.precision import products_of
 
 Say = Callable[[str], None]
 ROUNDS = 7
@@ -44,7 +44,6 @@ class StepTime:
     command: str = ""
 
 
-@float32_products()
 def time_variants(
     cells: Sequence[Cell],
     make_step: Callable[[Cell], Step],
@@ -64,11 +63,12 @@ def time_variants(
         clock: seconds since whenever.
     """
     steps = []
-    for cell in cells:
-        say(f"timing: preparing {cell.variant} on {cell.task}")
-        steps.append(make_step(cell))
-    taken = [spread(seconds) for seconds in interleave(steps, rounds, clock=clock)]
-    around = surroundings()
+    with products_of(*(recipe_of(cell, ".") for cell in cells)):
+        for cell in cells:
+            say(f"timing: preparing {cell.variant} on {cell.task}")
+            steps.append(make_step(cell))
+        taken = [spread(seconds) for seconds in interleave(steps, rounds, clock=clock)]
+        around = surroundings()
     return [
         StepTime(
             cell.bench,

@@ -5,7 +5,23 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 
+import torch
+
+from velora_torch.half_products import float32_products, slow_types
 from velora_torch.training.schema import Recipe
+
+
+def half_type(recipe: Recipe) -> torch.dtype | None:
+    """The half-precision type that a recipe computes in; None where all is float32."""
+    if recipe.dtype != "float32":
+        return torch.float16 if recipe.dtype == "float16" else torch.bfloat16
+    return torch.bfloat16 if recipe.train.autocast else None
+
+
+def products_of(*recipes: Recipe) -> AbstractContextManager[object]:
+    """Through float32 where the CPU has no instructions for what the recipes compute in."""
+    wanted = {half_type(recipe) for recipe in recipes}
+    return float32_products(tuple(dtype for dtype in slow_types() if dtype in wanted))
 
 
 def precision(recipe: Recipe, device: str) -> AbstractContextManager[object]:
@@ -15,8 +31,6 @@ def precision(recipe: Recipe, device: str) -> AbstractContextManager[object]:
         recipe: its `train.autocast` and `dtype`.
         device: type of the device, such as "cpu".
     """
-    import torch
-
     if not recipe.train.autocast:
         return contextlib.nullcontext()
-    return torch.autocast(device, torch.float16 if recipe.dtype == "float16" else torch.bfloat16)
+    return torch.autocast(device, half_type(recipe))

@@ -29,6 +29,7 @@ from velora_torch.training.assemble import make_optimizer, place, prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
 from velora_torch.training.output import check_output
+from velora_torch.training.precision import half_type, products_of
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.saving import save_final
 
@@ -50,7 +51,6 @@ class Options:
     """Processes that split each layer and take the same examples."""
 
 
-@half_products.float32_products()
 def run(recipe: Recipe, options: Options, say: Say) -> Results:
     """Train as the recipe says.
 
@@ -67,7 +67,12 @@ def run(recipe: Recipe, options: Options, say: Say) -> Results:
     strategies.check_trained(options.strategy, recipe)
     strategies.check_split(options.tensor_parallel, options.strategy, recipe)
     folder = RunFolder(recipe.train.output)
-    with processes.joined(), processes.alike(options.tensor_parallel), folder.alone():
+    with (
+        products_of(recipe),
+        processes.joined(),
+        processes.alike(options.tensor_parallel),
+        folder.alone(),
+    ):
         processes.wait()  # until the first one has the folder
         return _run(recipe, options, say if processes.is_first() else _silent, folder)
 
@@ -87,8 +92,9 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     from velora_torch.training.trainer import Record
 
     models.quiet()
-    if half_products.are_float32() and (recipe.dtype != "float32" or recipe.train.autocast):
-        say("this CPU has no bfloat16 instructions: products are computed in float32 and rounded")
+    if half_products.are_float32():
+        name = str(half_type(recipe)).removeprefix("torch.")
+        say(f"this CPU has no {name} instructions: products are computed in float32 and rounded")
     say("preparing the data")
     with processes.first_alone():
         tokenizer, data = prepare_data(recipe, say)
