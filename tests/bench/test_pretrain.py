@@ -66,6 +66,7 @@ def test_a_cell_of_each_method(sources, variant, tmp_path, monkeypatch):
     assert 1 < row.score < 1000
     assert [point["tokens"] for point in row.details["curve"]] == [256, 512]
     assert row.details["peak_bytes"] > row.memory["weights"]
+    assert set(row.details["text"]) == {"train", "eval"}
     full = run_cell(tiny(sources, "full"), "test", tmp_path) if variant != "full" else row
     smaller = {  # what the method is for
         "full-gc": "saved_activations",
@@ -131,3 +132,19 @@ def test_the_report_has_a_table_and_its_plots(finished, tmp_path):
         assert f"({name}.png)" in text
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000
     assert "llama-3m_time" not in text  # nothing was timed
+
+
+def test_rows_of_different_text_are_told_apart(finished, tmp_path):
+    """A package of text may have been upgraded between two runs of a bench."""
+    old, new = ({"train": "a", "eval": text} for text in "bc")
+    for one in finished.rows:
+        one.details["text"] = old
+    assert "different texts" not in report(finished, tmp_path)
+    finished.rows[4].details["text"] = new
+    text = report(finished, tmp_path)
+    assert "have read 2 different texts" in text
+    groups = text.split("within each:** ")[1].split(". Packages")[0].split("; ")
+    assert groups[1] == "velora-all (seed 1)"
+    assert groups[0].count("seed") == 5
+    finished.rows[4].details["text"] = None  # not known
+    assert "different texts" not in report(finished, tmp_path)

@@ -95,12 +95,33 @@ def report(finished: Finished, output: Path) -> str:
         lines = lines_of(finished, task)
         if not lines:
             continue
-        own = next(row for row in finished.rows if row.task == task)
-        parts += [f"## {task}, {own.details['tokens']:,} tokens", _table(lines)]
+        own = [row for row in finished.rows if row.task == task]
+        parts += [f"## {task}, {own[0].details['tokens']:,} tokens", _table(lines), *_mixed(own)]
         for name, words in draw(lines, task, output).items():
             parts.append(f"![{words}]({name})")
     parts.append(origin(finished.rows, lambda row: row.seconds))
     return "\n\n".join(parts) + "\n"
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    """A warning where rows of one size have read different text."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if text := _text(row):
+            names.setdefault(text, []).append(f"{row.variant} (seed {row.seed})")
+    if len(names) < 2:
+        return []
+    groups = "; ".join(", ".join(sorted(group)) for group in names.values())
+    return [
+        f"**These rows have read {len(names)} different texts, and can only be compared within "
+        f"each:** {groups}. Packages of text differ from version to version."
+    ]
+
+
+def _text(row: Row) -> str | None:
+    """Digest of what a row has read and of what it was scored on; None in old rows."""
+    digests = row.details.get("text")
+    return None if not digests else f"{digests['train']} {digests['eval']}"
 
 
 def _table(lines: Sequence[Line]) -> str:
