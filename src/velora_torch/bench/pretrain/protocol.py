@@ -194,7 +194,7 @@ def method(
     return top, train
 
 
-LOCAL_STEPS = {"llama-3m": 600, "llama-15m": 400}
+LOCAL_STEPS = {"llama-3m": 600, "llama-15m": 600}
 LOCAL_BATCH, LOCAL_LENGTH = 16, 128
 
 
