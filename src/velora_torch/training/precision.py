@@ -18,10 +18,15 @@ def half_type(recipe: Recipe) -> torch.dtype | None:
     return torch.bfloat16 if recipe.train.autocast else None
 
 
+def slow_type(recipe: Recipe) -> torch.dtype | None:
+    """The same, if the CPU has no instructions for it."""
+    dtype = half_type(recipe)
+    return dtype if dtype in slow_types() else None
+
+
 def products_of(*recipes: Recipe) -> AbstractContextManager[object]:
-    """Through float32 where the CPU has no instructions for what the recipes compute in."""
-    wanted = {half_type(recipe) for recipe in recipes}
-    return float32_products(tuple(dtype for dtype in slow_types() if dtype in wanted))
+    """Compute the products of recipes' slow types through float32 while this is open."""
+    return float32_products(tuple({dtype for recipe in recipes if (dtype := slow_type(recipe))}))
 
 
 def precision(recipe: Recipe, device: str) -> AbstractContextManager[object]:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from velora_torch import half_products
 from velora_torch.model import compressed_layers
 from velora_torch.overview import summary
 from velora_torch.report.environment import machine_info, version_info
@@ -29,7 +28,7 @@ from velora_torch.training.assemble import make_optimizer, place, prepare_data
 from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
 from velora_torch.training.output import check_output
-from velora_torch.training.precision import half_type, products_of
+from velora_torch.training.precision import products_of, slow_type
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.saving import save_final
 
@@ -92,8 +91,8 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     from velora_torch.training.trainer import Record
 
     models.quiet()
-    if half_products.are_float32():
-        name = str(half_type(recipe)).removeprefix("torch.")
+    if (slow := slow_type(recipe)) is not None:
+        name = str(slow).removeprefix("torch.")
         say(f"this CPU has no {name} instructions: products are computed in float32 and rounded")
     say("preparing the data")
     with processes.first_alone():

@@ -38,7 +38,7 @@ def details(recipe: Recipe, results: Results) -> dict[str, Any]:
         "curve": curve,
         "tokens": budget,
         "peak_bytes": peak_bytes(recipe),
-        "text": results.run.data.get("digests"),
+        "text": results.run.data["digests"],
     }
 
 

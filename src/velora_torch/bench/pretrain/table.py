@@ -105,23 +105,17 @@ def report(finished: Finished, output: Path) -> str:
 
 def _mixed(rows: Sequence[Row]) -> list[str]:
     """A warning where rows of one size have read different text."""
-    names: dict[str, list[str]] = {}
+    by_text: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        if text := _text(row):
-            names.setdefault(text, []).append(f"{row.variant} (seed {row.seed})")
-    if len(names) < 2:
+        text = tuple(row.details["text"].values())
+        by_text.setdefault(text, []).append(f"{row.variant} (seed {row.seed})")
+    if len(by_text) == 1:
         return []
-    groups = "; ".join(", ".join(sorted(group)) for group in names.values())
+    groups = "; ".join(", ".join(sorted(group)) for group in by_text.values())
     return [
-        f"**These rows have read {len(names)} different texts, and can only be compared within "
+        f"**These rows have read {len(by_text)} different texts, and can only be compared within "
         f"each:** {groups}. Packages of text differ from version to version."
     ]
-
-
-def _text(row: Row) -> str | None:
-    """Digest of what a row has read and of what it was scored on; None in old rows."""
-    digests = row.details.get("text")
-    return None if not digests else f"{digests['train']} {digests['eval']}"
 
 
 def _table(lines: Sequence[Line]) -> str:

@@ -81,9 +81,18 @@ def identity(data: DataSection) -> dict[str, Any]:
     Tokens that were made before are taken again for an equal identity. A hub data set counts as
     the same as long as its name is.
     """
-    fields = ("train", "eval", "eval_fraction", "subset", "train_split", "eval_split", "seed")
-    own = ("shuffle", "max_train", "max_eval")
-    settings = {field: getattr(data, field) for field in (*fields, *own)}
+    fields = (
+        "train",
+        "eval",
+        "eval_fraction",
+        "subset",
+        "train_split",
+        "eval_split",
+        "seed",
+        "shuffle",
+    )
+    limits = ("max_train", "max_eval")
+    settings = {field: getattr(data, field) for field in (*fields, *limits)}
     sources = (data.train, *([data.eval] if data.eval else []))
     return {**settings, "text": data.columns.text, "files": [_state(name) for name in sources]}
 
@@ -95,28 +104,27 @@ def _all(data: DataSection, side: Side) -> Iterator[str]:
         texts = _read(data, data.train, data.eval_split)
     else:
         texts = _read(data, data.train, data.train_split)
+    numbered: Iterator[tuple[int, str]] = ((_hash(text, data), text) for text in texts)
     if data.shuffle:
-        texts = _shuffled(texts, data)
-    if data.eval is None and data.eval_split is None:
-        texts = (text for text in texts if _is_held_out(text, data) == (side == "eval"))
-    return texts
+        numbered = _shuffled(numbered)
+    is_split = data.eval is None and data.eval_split is None
+    held_out_below = data.eval_fraction * 2**64
+    for number, text in numbered:
+        if not is_split or (number < held_out_below) == (side == "eval"):
+            yield text
 
 
-def _shuffled(texts: Iterator[str], data: DataSection) -> Iterator[str]:
-    """Blocks of a stream, each in the order of its documents' hashes."""
-    block: list[str] = []
+def _shuffled(numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Blocks of a stream, each in the order of its documents' numbers."""
+    block: list[tuple[int, str]] = []
     size = 0
-    for text in texts:
-        block.append(text)
+    for number, text in numbered:
+        block.append((number, text))
         size += len(text)
         if size >= BLOCK:
-            yield from sorted(block, key=lambda text: _hash(text, data))
+            yield from sorted(block)
             block, size = [], 0
-    yield from sorted(block, key=lambda text: _hash(text, data))
-
-
-def _is_held_out(text: str, data: DataSection) -> bool:
-    return _hash(text, data) < data.eval_fraction * 2**64
+    yield from sorted(block)
 
 
 def _hash(text: str, data: DataSection) -> int:

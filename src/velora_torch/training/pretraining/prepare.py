@@ -11,7 +11,13 @@ from velora_torch.training.data import PreparedData
 from velora_torch.training.pretraining.architecture import configuration, for_tokenizer
 from velora_torch.training.pretraining.corpus import check_corpus, documents, identity
 from velora_torch.training.pretraining.tokenizer import check_tokenizer, make_tokenizer
-from velora_torch.training.pretraining.tokens import TokenFile, TokenWindows, key_of, tokenise
+from velora_torch.training.pretraining.tokens import (
+    TokenFile,
+    TokenWindows,
+    key_of,
+    spread,
+    tokenise,
+)
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sources import DataError
 
@@ -57,7 +63,7 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
     elif recipe.train.epochs is not None:
         count = max(1, round(recipe.train.epochs * (len(train) // length)))
     windows = TokenWindows(train, length, count, seed=recipe.train.seed)
-    held_out = TokenWindows(held, length).spread(recipe.evaluate.max_examples)
+    held_out = spread(TokenWindows(held, length), recipe.evaluate.max_examples)
     stats = {
         "format": "tokens",
         "source": data.train,

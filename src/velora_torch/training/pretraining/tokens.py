@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from velora_torch.atomic import install_folder
 from velora_torch.training.sources import DataError
@@ -34,8 +34,8 @@ class TokenFile:
         self.documents: int = about["documents"]
         self.whole: bool = about["whole"]
         """Whether the corpus ended before the limit did."""
-        self.digest: str | None = about.get("digest")
-        """Of the tokens, so that runs on other text are told apart; None in older files."""
+        self.digest: str = about["digest"]
+        """Of the tokens, so that runs on other text are told apart."""
         path = folder / FILE
         kind = np.dtype(about["dtype"])
         if path.stat().st_size != about["tokens"] * kind.itemsize:
@@ -138,7 +138,6 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
             )
         self._tokens, self._length, self._seed = file.tokens_N, length, seed
         self._count = self.windows if count is None else count
-        self._spread = False
         self._order: tuple[int, np.ndarray[Any, Any]] | None = None
 
     def __len__(self) -> int:
@@ -156,18 +155,8 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
         ids = torch.from_numpy(self._tokens[start : start + self._length].astype(np.int64))
         return {"input_ids": ids, "labels": ids.clone()}
 
-    def spread(self, count: int | None) -> TokenWindows:
-        """So many windows at equal distances over the file, in its order; all for None."""
-        fewer = object.__new__(TokenWindows)
-        fewer.__dict__.update(self.__dict__)
-        fewer._count = self.windows if count is None else min(count, self.windows)
-        fewer._seed, fewer._spread = None, True
-        return fewer
-
     def _place(self, index: int) -> int:
         """Place in the file of a window of the run."""
-        if self._spread:
-            return index * self.windows // self._count
         number, within = divmod(index, self.windows)
         if self._seed is None:
             return within
@@ -175,3 +164,10 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
             order = np.random.default_rng((self._seed, number)).permutation(self.windows)
             self._order = number, order
         return int(self._order[1][within])
+
+
+def spread(windows: TokenWindows, count: int | None) -> Subset[dict[str, torch.Tensor]]:
+    """So many of the windows, at equal distances and in their order; all for None."""
+    most = len(windows)
+    kept = most if count is None else min(count, most)
+    return Subset(windows, [index * most // kept for index in range(kept)])
