@@ -137,7 +137,8 @@ class Rates:
 
 
 REST = 3.2e-2  # the best of full training, which all methods have
-# Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens.
+# Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens,
+# before documents were shuffled: docs/results/pretraining.md.
 _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "galore": 2e-3,
     "galore-eighth": 4e-3,
