@@ -93,10 +93,13 @@ def test_biases_in_bfloat16_beside_coefficients_in_float32(place, family, tmp_pa
     biases = {name for name, tensor in kept.items() if tensor.dtype == torch.float32}
     assert biases
     assert all(name.endswith("bias") for name in biases)
-    found, expected = final(place / ranks), final(place / f"{ranks}-alone")
+    # Gradients of half a batch are rounded to bfloat16 before they meet, in DDP as here: a process
+    # alone may step elsewhere. Biases have the steps of bfloat16 in DDP.
+    on_ranks(2, go, tmp_path / "ddp", path, "ddp", [*overrides(place, f"{ranks}-ddp"), *more])
+    found, expected = final(place / ranks), final(place / f"{ranks}-ddp")
     assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
-    for name in expected.keys() - biases:  # alone, biases have the steps of bfloat16
-        assert_close(found[name], expected[name], 5e-2)
+    for name in expected.keys() - biases:
+        assert_close(found[name], expected[name], 2e-2)
     assert all(found[name].any() for name in biases)
     for name in ("checkpoint-6", "checkpoint-8"):
         shutil.rmtree(place / ranks / name)
