@@ -64,48 +64,34 @@ COEFFICIENT_RATES = {
 }
 """Rates of the coefficients alone; all else has the rate that the bench gives the variant."""
 Pairs = dict[str, tuple[tuple[float, float | None], ...]]
+REST = protocol.REST
+
+
+def _around(best: float, *more: float) -> tuple[tuple[float, float | None], ...]:
+    """A rate of the linear layers with its half and its double, and others."""
+    return tuple((REST, rate) for rate in (best / 2, best, 2 * best, *more))
+
+
 SMALL: Pairs = {
-    "full": (
-        *((rate, None) for rate in (1e-3, 2e-3, 4e-3)),
-        *((2e-3, rate) for rate in (5e-4, 1e-3)),
-        *((4e-3, rate) for rate in (5e-4, 1e-3)),
-        (8e-3, 5e-4),
-        *((1.6e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-        *((3.2e-2, rate) for rate in (5e-4, 1e-3)),
-    ),
-    "velora-all": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
-    "velora-all-often": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
-    "velora-all-gaussian": ((3.2e-2, 2e-3),),
-    "velora-all-fixed": ((3.2e-2, 2e-3),),
-    "velora-value-down": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
-    "velora-value-down-signs": ((3.2e-2, 1e-3),),
-    "galore": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
-    "galore-eighth": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
-    "galore-twelfth": ((3.2e-2, 4e-3), (3.2e-2, 8e-3)),
-    "velora-not-qk": ((3.2e-2, 5e-4), (3.2e-2, 1e-3), (3.2e-2, 2e-3)),
-    "velora-not-qk-average": ((3.2e-2, 1e-3),),
-    "velora-qk": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
-    "velora-qk-faster": ((3.2e-2, 1e-3),),
-    "apollo": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
-    "velora-all-average": ((3.2e-2, 1e-3), (3.2e-2, 2e-3)),
-    "velora-all-running": tuple((3.2e-2, rate) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)),
-    "lora": ((3.2e-2, 1e-3), (3.2e-2, 2e-3), (3.2e-2, 4e-3)),
-    "flora": ((3.2e-2, 2.5e-4), (3.2e-2, 5e-4), (3.2e-2, 1e-3)),
+    "full": (*_around(1e-3), (REST / 2, 1e-3), (2 * REST, 1e-3)),
+    "velora-all": _around(2e-3),
+    "velora-not-qk": _around(1e-3),
+    "velora-value-down": _around(1e-3),
+    "lora": _around(2e-3),
+    "galore": _around(2e-3),
+    "flora": _around(5e-4),
+    "apollo": _around(2e-3),
+    "galore-twelfth": _around(4e-3),
 }
 LARGER: Pairs = {
-    "full": (
-        (8e-3, 5e-4),
-        (1.6e-2, 5e-4),
-        *((3.2e-2, rate) for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
-        (6.4e-2, 2.5e-4),
-    ),
-    "velora-value-down": tuple((3.2e-2, rate) for rate in (2.5e-4, 5e-4, 1e-3)),
-    "velora-not-qk": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-    "velora-all": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-    "lora": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-    "galore": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-    "apollo": tuple((3.2e-2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-    "flora": tuple((3.2e-2, rate) for rate in (1.25e-4, 2.5e-4, 5e-4)),
+    "full": _around(2.5e-4, 1e-3),
+    "velora-all": _around(1e-3),
+    "velora-not-qk": _around(1e-3),
+    "velora-value-down": _around(5e-4),
+    "lora": _around(1e-3),
+    "galore": _around(1e-3),
+    "flora": _around(2.5e-4),
+    "apollo": _around(1e-3),
 }
 FROM_SCRATCH = {"llama-3m": SMALL, "llama-15m": LARGER}
 """Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
