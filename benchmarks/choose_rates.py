@@ -80,7 +80,7 @@ SMALL: Pairs = {
     "lora": _around(2e-3),
     "galore": _around(2e-3),
     "flora": _around(5e-4),
-    "apollo": _around(2e-3),
+    "apollo": _around(4e-3, 1e-3),
     "galore-twelfth": _around(4e-3),
 }
 LARGER: Pairs = {
