@@ -74,7 +74,7 @@ def _around(best: float, *more: float) -> tuple[tuple[float, float | None], ...]
 
 SMALL: Pairs = {
     "full": (*_around(1e-3), (REST / 2, 1e-3), (2 * REST, 1e-3)),
-    "velora-all": _around(2e-3),
+    "velora-all": _around(1e-3, 4e-3),
     "velora-not-qk": _around(1e-3),
     "velora-value-down": _around(1e-3),
     "lora": _around(2e-3),
