@@ -129,7 +129,7 @@ def test_differences_are_paired_by_seed(finished):
 
 def test_the_report_has_a_table_and_its_plots(finished, tmp_path):
     text = report(finished, tmp_path)
-    assert "| VeLoRA: all | 0.032, 0.001 | 21.21 ± 0.53 | +1.0 ± 0.6 % | 2.00 MiB |" in text
+    assert "| VeLoRA: all | 0.032, 0.002 | 21.21 ± 0.53 | +1.0 ± 0.6 % | 2.00 MiB |" in text
     assert "6 of 99 cells" in text
     for name in ("llama-3m_tokens", "llama-3m_memory"):
         assert f"({name}.png)" in text

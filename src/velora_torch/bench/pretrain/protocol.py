@@ -146,6 +146,7 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "galore-twelfth": 4e-3,
     "apollo": 4e-3,
     "flora": 5e-4,
+    **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 5e-4,
 }
 _LARGER = dict.fromkeys(METHODS, 1e-3) | {
