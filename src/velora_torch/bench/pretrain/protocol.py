@@ -136,9 +136,10 @@ class Rates:
     adapters, projected gradients. None: as the rest."""
 
 
-REST = 3.2e-2  # the best of full training, which all methods have
+REST = 3.2e-2  # all methods have it: full training loses 7% at half of it, gains 1% at double
 # Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens:
-# docs/results/pretraining.md. Variants that it does not try have the rate of what they vary.
+# docs/results/pretraining.md. Variants that it does not try have the rate of what
+# they vary; galore-eighth and velora-all-running have that of an older sweep.
 _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "lora": 2e-3,
     "galore": 2e-3,
