@@ -49,7 +49,7 @@ PRE_TRAINED = (
         "flora",
     ),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all"),
-    *("velora-value-down-8bit", "velora-all-8bit"),
+    *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
 )
 """Variants; docs/results/pretraining.md has them all."""

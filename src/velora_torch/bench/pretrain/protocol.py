@@ -52,6 +52,7 @@ VARIANTS = (
     Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
     Variant("velora-value-down-8bit", "VeLoRA: v, down, 8-bit AdamW", "full"),
     Variant("velora-all-8bit", "VeLoRA: all, 8-bit AdamW", "full"),
+    Variant("velora-all-m4-8bit", "VeLoRA: all, M = 4, 8-bit AdamW", "full"),
     Variant("velora-all-gc", "VeLoRA: all, + gradient checkpointing", "full"),
     Variant("full-8bit-gc", "Full, 8-bit AdamW + gradient checkpointing", "full"),
     Variant(
