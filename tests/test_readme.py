@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -37,19 +38,25 @@ def test_recipes_open_with_their_command():
         assert first.startswith(f"# velora train recipes/{recipe.name}"), recipe.name
 
 
-def test_results_are_those_of_the_rows(monkeypatch):
+@pytest.fixture
+def tables(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import readme_results
-
-    assert readme_results.with_results(README) == README, (
-        "the README's tables are older than the rows: python benchmarks/readme_results.py --write"
-    )
+    return importlib.import_module("result_tables")
 
 
-def test_results_need_their_place(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import readme_results
+def test_results_are_those_of_the_rows(tables):
+    pages = {place.page for place in tables.PLACES}
+    assert pages == {"README.md", "docs/results/pretraining.md"}
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert tables.with_results(page, text) == text, (
+            f"{page}: its tables are older than the rows: "
+            "python benchmarks/result_tables.py --write"
+        )
 
-    for wrong in ("", readme_results.END + readme_results.BEGIN, 2 * README):
+
+def test_results_need_their_place(tables):
+    (place,) = (place for place in tables.PLACES if place.page == "README.md")
+    for wrong in ("", place.end + place.begin, 2 * README):
         with pytest.raises(ValueError, match="once each and in this order"):
-            readme_results.with_results(wrong)
+            tables.with_results("README.md", wrong)

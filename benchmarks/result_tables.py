@@ -1,15 +1,18 @@
-"""The README's results, made from the benches' rows.
+"""The results in the README and on the page of pre-training, made from the benches' rows.
 
-    python benchmarks/readme_results.py            # print them
-    python benchmarks/readme_results.py --write    # put them between the README's two marks
+    python benchmarks/result_tables.py            # print them
+    python benchmarks/result_tables.py --write    # put them between the marks of each page
 
-Three tables: fine-tuning, method by method without VeLoRA and with it; pre-training against full
-AdamW; times of training steps.
+README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
+against full AdamW; times of training steps. docs/results/pretraining.md has one for each model.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from marked import replaced
@@ -17,7 +20,7 @@ from velora_torch.atomic import write_whole
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.collect import collect
 from velora_torch.bench.grid import Finished
-from velora_torch.bench.pretrain.table import lines_of
+from velora_torch.bench.pretrain.table import CATEGORIES, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
@@ -27,8 +30,6 @@ from velora_torch.report.quantities import format_bytes, format_ratio, format_se
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN = "<!-- made by benchmarks/readme_results.py -->"
-END = "<!-- end -->"
 SCALE = "local"
 FINE_TUNED = {
     "glue": "MiniLM, 6 text tasks",
@@ -52,7 +53,7 @@ PRE_TRAINED = (
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
 )
-"""Variants; docs/results/pretraining.md has them all."""
+"""Variants in the README; docs/results/pretraining.md has them all."""
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -65,8 +66,27 @@ TIMED = (
 """Case, variant, what it is compared with, and all that in words."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """What stands between two marks of a page."""
+
+    page: str
+    """Path from the project's root."""
+    name: str
+    make: Callable[[], str]
+    """Returns Markdown."""
+
+    @property
+    def begin(self) -> str:
+        return f"<!-- {self.name}: made by benchmarks/result_tables.py -->"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- end of {self.name} -->"
+
+
 def results() -> str:
-    """All three tables in Markdown."""
+    """The README's three tables."""
     return "\n\n".join((_fine_tuning(), _pre_training(), _speed()))
 
 
@@ -114,23 +134,66 @@ def _speed() -> str:
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
 
 
-def with_results(readme: str) -> str:
-    """A README with today's tables between its marks.
+def pre_trained(task: str) -> str:
+    """All methods on one model, with what a step holds."""
+    own, body = _finished("pretrain"), []
+    lines = lines_of(own, task)
+    first = lines[0].step
+    for line in lines:
+        name = line.variant.name
+        seeds = sum(row.task == task and row.variant == name for row in own.rows)
+        sizes = (*line.memory.values(), line.peak)
+        if line.step is None or first is None:
+            step = ""
+        elif name == lines[0].variant.name:
+            step = format_seconds(first.median)
+        else:
+            step = format_ratio(line.step.median / first.median)
+        body.append(
+            [
+                line.variant.label,
+                str(seeds),
+                format_estimate(line.perplexity, 1.0),
+                "" if line.relative is None else format_change(line.relative),
+                *(known(size, format_bytes) for size in sizes),
+                step,
+            ]
+        )
+    header = ["method", "seeds", "perplexity", "% against full", *CATEGORIES.values()]
+    return markdown_grid([*header, "peak of a step", "step"], body)
+
+
+PRE_TRAINING = "docs/results/pretraining.md"
+PLACES = (
+    Place("README.md", "results", results),
+    *(
+        Place(PRE_TRAINING, task, partial(pre_trained, task))
+        for task in BENCHES["pretrain"].scales[SCALE].tasks
+    ),
+)
+
+
+def with_results(page: str, text: str) -> str:
+    """The text of a page with today's tables between its marks.
 
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    return replaced(readme, BEGIN, results(), END)
+    for place in PLACES:
+        if place.page == page:
+            text = replaced(text, place.begin, place.make(), place.end)
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into the README")
+    parser.add_argument("--write", action="store_true", help="into the pages")
     if not parser.parse_args().write:
-        print(results())
+        print("\n\n".join(f"{place.page}, {place.name}\n\n{place.make()}" for place in PLACES))
         return
-    readme = ROOT / "README.md"
-    write_whole(readme, with_results(readme.read_text(encoding="utf-8")))
+    for page in dict.fromkeys(place.page for place in PLACES):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        write_whole(ROOT / page, with_results(page, text))
 
 
 if __name__ == "__main__":
