@@ -49,7 +49,7 @@ PRE_TRAINED = (
         "apollo",
         "flora",
     ),
-    *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all"),
+    *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
 )
