@@ -90,8 +90,9 @@ def results() -> str:
     return "\n\n".join((_fine_tuning(), _pre_training(), _speed()))
 
 
-def _finished(bench: str) -> Finished:
-    finished, _stale = collect(BENCHES[bench], SCALE, RESULTS / bench)
+def _finished(bench: str, scale: str = SCALE) -> Finished:
+    folder = RESULTS / (bench if scale == SCALE else f"{bench}-{scale}")
+    finished, _stale = collect(BENCHES[bench], scale, folder)
     return finished
 
 
@@ -134,9 +135,9 @@ def _speed() -> str:
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
 
 
-def pre_trained(task: str) -> str:
+def pre_trained(task: str, scale: str = SCALE) -> str:
     """All methods on one model, with what a step holds."""
-    own, body = _finished("pretrain"), []
+    own, body = _finished("pretrain", scale), []
     lines = lines_of(own, task)
     first = lines[0].step
     for line in lines:

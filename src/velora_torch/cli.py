@@ -257,7 +257,10 @@ def bench(
         Path | None, typer.Option(help="Folder of the results; runs/bench/NAME by default.")
     ] = None,
     scale: Annotated[
-        str, typer.Option(help="local: two CPU cores, no network; or paper (of speed: large).")
+        str,
+        typer.Option(
+            help="local: two CPU cores, no network; or paper (also long; of speed: large)."
+        ),
     ] = "local",
     tasks: Annotated[str | None, typer.Option(help="Some of the tasks, such as a,b.")] = None,
     cases: Annotated[

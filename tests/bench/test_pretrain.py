@@ -49,6 +49,17 @@ def test_every_recipe_of_the_grid_is_valid(scale):
     assert len({(r.token_budget(), r.model) for r in recipes}) == 2  # the same tokens for all
 
 
+def test_the_long_scale_has_more_tokens_and_nothing_else():
+    for name in NAMES:
+        short, long = (
+            protocol.local_recipe("llama-3m", name, 0),
+            protocol.long_recipe("llama-3m", name, 0),
+        )
+        assert long["train"].pop("tokens") == 4 * short["train"].pop("tokens")
+        assert long["train"].pop("eval_every") == 4 * short["train"].pop("eval_every")
+        assert long == short
+
+
 def test_all_methods_see_the_same_windows_model_and_schedule(sources):
     def shared(cell):
         train = {k: cell.recipe["train"][k] for k in ("tokens", "batch_size", "schedule", "seed")}
