@@ -4,7 +4,8 @@
     python benchmarks/result_tables.py --write    # put them between the marks of each page
 
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
-against full AdamW; times of training steps. docs/results/pretraining.md has one for each model.
+against full AdamW; times of training steps. docs/results/pretraining.md has one for each model,
+and one that compares methods seed by seed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from velora_torch.bench.pretrain.table import CATEGORIES, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
+from velora_torch.bench.statistics import by_variant, estimate
 from velora_torch.bench.table import format_change, format_estimate, summarise
 from velora_torch.bench.writing import MISSING, known, markdown_grid
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
@@ -54,6 +56,21 @@ PRE_TRAINED = (
     "velora-value-down-8bit-gc",
 )
 """Variants in the README; docs/results/pretraining.md has them all."""
+_PROJECTED = ("galore", "apollo", "flora")
+_ALL = ("full", "velora-all", *_PROJECTED)
+PAIRED = (
+    ("llama-3m", "velora-value-down", ("full", "lora")),
+    ("llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
+    ("llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
+    ("llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
+    ("llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
+    ("llama-15m", "velora-value-down", ("full",)),
+    ("llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
+    ("llama-15m", "velora-all", ("full", *_PROJECTED)),
+    ("llama-15m", "velora-all-fixed", _ALL),
+    ("llama-15m", "velora-all-m4-8bit", ("full", "flora")),
+)
+"""Task, variant, and the variants that the page of pre-training compares it with."""
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -90,9 +107,8 @@ def results() -> str:
     return "\n\n".join((_fine_tuning(), _pre_training(), _speed()))
 
 
-def _finished(bench: str, scale: str = SCALE) -> Finished:
-    folder = RESULTS / (bench if scale == SCALE else f"{bench}-{scale}")
-    finished, _stale = collect(BENCHES[bench], scale, folder)
+def _finished(bench: str) -> Finished:
+    finished, _stale = collect(BENCHES[bench], SCALE, RESULTS / bench)
     return finished
 
 
@@ -135,9 +151,9 @@ def _speed() -> str:
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
 
 
-def pre_trained(task: str, scale: str = SCALE) -> str:
+def pre_trained(task: str) -> str:
     """All methods on one model, with what a step holds."""
-    own, body = _finished("pretrain", scale), []
+    own, body = _finished("pretrain"), []
     lines = lines_of(own, task)
     first = lines[0].step
     for line in lines:
@@ -164,6 +180,21 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
     return markdown_grid([*header, "peak of a step", "step"], body)
 
 
+def paired() -> str:
+    """Perplexity of a method over another's, less 1, in per cent: paired by seed, and each seed."""
+    own, body = _finished("pretrain"), []
+    scores = by_variant(own.rows)
+    for task, variant, others in PAIRED:
+        for other in others:
+            mine, its = scores[variant][task], scores[other][task]
+            ratios = [mine[seed] / its[seed] - 1 for seed in sorted(mine.keys() & its.keys())]
+            labels = [own.bench.variant(name).label for name in (variant, other)]
+            each = ", ".join(f"{100 * ratio:+.1f}" for ratio in ratios)
+            body.append([task, *labels, format_change(estimate(ratios)), each])
+    header = ["model", "method", "compared with", "%", "each seed"]
+    return markdown_grid(header, body, words=header[1:3])
+
+
 PRE_TRAINING = "docs/results/pretraining.md"
 PLACES = (
     Place("README.md", "results", results),
@@ -171,6 +202,7 @@ PLACES = (
         Place(PRE_TRAINING, task, partial(pre_trained, task))
         for task in BENCHES["pretrain"].scales[SCALE].tasks
     ),
+    Place(PRE_TRAINING, "pairs", paired),
 )
 
 

@@ -259,7 +259,7 @@ def bench(
     scale: Annotated[
         str,
         typer.Option(
-            help="local: two CPU cores, no network; or paper (also long; of speed: large)."
+            help="local: two CPU cores, no network; or paper; pretrain: long; speed: large."
         ),
     ] = "local",
     tasks: Annotated[str | None, typer.Option(help="Some of the tasks, such as a,b.")] = None,

@@ -51,10 +51,8 @@ def test_every_recipe_of_the_grid_is_valid(scale):
 
 def test_the_long_scale_has_more_tokens_and_nothing_else():
     for name in NAMES:
-        short, long = (
-            protocol.local_recipe("llama-3m", name, 0),
-            protocol.long_recipe("llama-3m", name, 0),
-        )
+        short = protocol.local_recipe("llama-3m", name, 0)
+        long = protocol.long_recipe("llama-3m", name, 0)
         assert long["train"].pop("tokens") == 4 * short["train"].pop("tokens")
         assert long["train"].pop("eval_every") == 4 * short["train"].pop("eval_every")
         assert long == short

@@ -228,7 +228,7 @@ def local_recipe(task: str, variant: str, seed: int, rates: Rates | None = None)
     }
 
 
-LONGER = 4  # times the tokens of the local scale: about half of the text there is
+LONGER = 4  # times the tokens of the local scale
 
 
 def long_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
