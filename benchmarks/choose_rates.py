@@ -82,6 +82,9 @@ SMALL: Pairs = {
     "flora": _around(5e-4),
     "apollo": _around(4e-3, 1e-3),
     "galore-twelfth": _around(4e-3),
+    "velora-all-gaussian": _around(2e-3),
+    "velora-all-average": _around(2e-3, 5e-4),
+    "velora-all-running": _around(2.5e-4, 1e-3, 2e-3),
 }
 LARGER: Pairs = {
     "full": _around(2.5e-4, 1e-3),
@@ -92,6 +95,7 @@ LARGER: Pairs = {
     "galore": _around(1e-3),
     "flora": _around(2.5e-4),
     "apollo": _around(1e-3),
+    "galore-twelfth": _around(2e-3),
 }
 FROM_SCRATCH = {"llama-3m": SMALL, "llama-15m": LARGER}
 """Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
@@ -112,6 +116,8 @@ Cell = tuple[str, str, float | None, float | None, int]
 """Task, variant, learning rate (None: the bench's), that of the coefficients or, in pre-training,
 of the blocks' linear layers, if it is another, and the seed."""
 
+Tried = tuple[str, str, float | None, float | None]
+"""A cell without its seed."""
 
 Line = tuple[str, float | None, float | None]
 """Variant and its two rates."""
@@ -191,13 +197,18 @@ def key(row: dict) -> Cell:
     return row["task"], row["variant"], *rates, row.get("seed", SEED)
 
 
-def table(bench: str) -> str:
-    """Scores on the examples to choose by, means of their seeds: in per cent, or perplexities."""
+def scores_of(bench: str) -> dict[Tried, list[float]]:
+    """Scores on the examples to choose by, one for each seed: in per cent, or perplexities."""
     unit = 1 if bench == "pretrain" else 100
-    seeds: dict[tuple, list[float]] = {}
+    seeds: dict[Tried, list[float]] = {}
     for row in done(bench):
         seeds.setdefault(key(row)[:-1], []).append(unit * row["score"])
-    scores = {cell: statistics.mean(of) for cell, of in seeds.items()}
+    return seeds
+
+
+def table(bench: str) -> str:
+    """Means over seeds."""
+    scores = {cell: statistics.mean(of) for cell, of in scores_of(bench).items()}
     tasks = TASKS[bench]
     head = f"| method | rate | own rate | {' | '.join(tasks)} | mean |"
     order = list(dict.fromkeys(cell[1] for cell in cells(bench)))

@@ -1,27 +1,31 @@
-"""The results in the README and on the page of pre-training, made from the benches' rows.
+"""The results in the README and on the pages of pre-training and analysis, made from their rows.
 
     python benchmarks/result_tables.py            # print them
     python benchmarks/result_tables.py --write    # put them between the marks of each page
 
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
 against full AdamW; times of training steps. docs/results/pretraining.md has one for each model,
-and one that compares methods seed by seed.
+one for more tokens, one that compares methods seed by seed and one of the sweep of learning rates;
+docs/results/analysis.md has that of the ablations.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import choose_rates
 from marked import replaced
 from velora_torch.atomic import write_whole
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.collect import collect
 from velora_torch.bench.grid import Finished
-from velora_torch.bench.pretrain.table import CATEGORIES, lines_of
+from velora_torch.bench.pretrain.protocol import LOCAL_RATES, REST
+from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
@@ -71,6 +75,17 @@ PAIRED = (
     ("llama-15m", "velora-all-m4-8bit", ("full", "flora")),
 )
 """Task, variant, and the variants that the page of pre-training compares it with."""
+LONG = "pretrain-long"
+"""The folder of the scale of that name."""
+VARIED_ON = "llama-3m"
+VARIED = (
+    *("full", "velora-value-down", "velora-value-down-signs"),
+    *("velora-not-qk", "velora-not-qk-average", "velora-qk", "velora-qk-faster"),
+    *("velora-all", "velora-all-fixed", "velora-all-often"),
+    *("velora-all-gaussian", "velora-all-average", "velora-all-running"),
+)
+"""What the page of the analysis explains, and on which model."""
+QUALITY = ["method", "seeds", "perplexity", "% against full"]
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -107,8 +122,8 @@ def results() -> str:
     return "\n\n".join((_fine_tuning(), _pre_training(), _speed()))
 
 
-def _finished(bench: str) -> Finished:
-    finished, _stale = collect(BENCHES[bench], SCALE, RESULTS / bench)
+def _finished(bench: str, scale: str = SCALE, folder: str | None = None) -> Finished:
+    finished, _stale = collect(BENCHES[bench], scale, RESULTS / (folder or bench))
     return finished
 
 
@@ -151,33 +166,75 @@ def _speed() -> str:
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
 
 
-def pre_trained(task: str) -> str:
+def pre_trained(task: str, scale: str = SCALE, folder: str = "pretrain") -> str:
     """All methods on one model, with what a step holds."""
-    own, body = _finished("pretrain"), []
+    own, body = _finished("pretrain", scale, folder), []
     lines = lines_of(own, task)
     first = lines[0].step
     for line in lines:
-        name = line.variant.name
-        seeds = sum(row.task == task and row.variant == name for row in own.rows)
         sizes = (*line.memory.values(), line.peak)
         if line.step is None or first is None:
             step = ""
-        elif name == lines[0].variant.name:
+        elif line is lines[0]:
             step = format_seconds(first.median)
         else:
             step = format_ratio(line.step.median / first.median)
-        body.append(
-            [
-                line.variant.label,
-                str(seeds),
-                format_estimate(line.perplexity, 1.0),
-                "" if line.relative is None else format_change(line.relative),
-                *(known(size, format_bytes) for size in sizes),
-                step,
-            ]
-        )
-    header = ["method", "seeds", "perplexity", "% against full", *CATEGORIES.values()]
-    return markdown_grid([*header, "peak of a step", "step"], body)
+        memory = [known(size, format_bytes) for size in sizes]
+        body.append([*_quality(own, task, line), *memory, *([step] if first else [])])
+    header = [*QUALITY, *CATEGORIES.values(), "peak of a step", *(["step"] if first else [])]
+    return markdown_grid(header, body)
+
+
+def ablations() -> str:
+    """Other vectors, layers and redraws, beside the methods that they vary."""
+    own = _finished("pretrain")
+    varied = _finished("pretrain", folder="pretrain-ablations")
+    both = replace(own, rows=[*own.rows, *varied.rows])
+    lines = {line.variant.name: line for line in lines_of(both, VARIED_ON)}
+    body = [_quality(both, VARIED_ON, lines[name]) for name in VARIED if name in lines]
+    return markdown_grid(QUALITY, body)
+
+
+def _quality(own: Finished, task: str, line: Line) -> list[str]:
+    name = line.variant.name
+    seeds = sum(row.task == task and row.variant == name for row in own.rows)
+    return [
+        line.variant.label,
+        str(seeds),
+        format_estimate(line.perplexity, 1.0),
+        "" if line.relative is None else format_change(line.relative),
+    ]
+
+
+def rates() -> str:
+    """What the sweep of learning rates has found: the bench's own rates are bold."""
+    own, body = BENCHES["pretrain"], []
+    tasks = own.scales[SCALE].tasks
+    for variant in choose_rates.SMALL | choose_rates.LARGER:
+        tried = [_sweep(task, variant) for task in tasks]
+        body.append([own.variant(variant).label, *tried])
+    return markdown_grid(["", *tasks], body, words=tasks)
+
+
+def _sweep(task: str, variant: str) -> str:
+    """Rates of the linear layers and perplexities, those of the bench's rate of the rest."""
+    found = {
+        linear: scores
+        for (at, name, rest, linear), scores in choose_rates.scores_of("pretrain").items()
+        if (at, name, rest) == (task, variant, REST) and linear is not None
+    }
+    shown = []
+    for linear in sorted(found):
+        score = f"{statistics.mean(found[linear]):.1f}" + ("†" if len(found[linear]) > 1 else "")
+        chosen = linear == LOCAL_RATES[task][variant].linear
+        shown.append(f"**{score}**" if chosen else score)
+    return f"{', '.join(map(_short, sorted(found)))}: {', '.join(shown)}" if found else ""
+
+
+def _short(rate: float) -> str:
+    """1.25e-4."""
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def paired() -> str:
@@ -195,14 +252,17 @@ def paired() -> str:
     return markdown_grid(header, body, words=header[1:3])
 
 
-PRE_TRAINING = "docs/results/pretraining.md"
+PRE_TRAINING, ANALYSIS = "docs/results/pretraining.md", "docs/results/analysis.md"
 PLACES = (
     Place("README.md", "results", results),
     *(
         Place(PRE_TRAINING, task, partial(pre_trained, task))
         for task in BENCHES["pretrain"].scales[SCALE].tasks
     ),
+    Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long", LONG)),
     Place(PRE_TRAINING, "pairs", paired),
+    Place(PRE_TRAINING, "rates", rates),
+    Place(ANALYSIS, "ablations", ablations),
 )
 
 
