@@ -44,17 +44,8 @@ FINE_TUNED = {
 }
 """What is fine-tuned, by bench."""
 PRE_TRAINED = (
-    *(
-        "full",
-        "full-8bit",
-        "full-gc",
-        "lora",
-        "galore",
-        "galore-eighth",
-        "galore-twelfth",
-        "apollo",
-        "flora",
-    ),
+    *("full", "full-8bit", "full-gc", "lora", "apollo", "flora"),
+    *("galore", "galore-eighth", "galore-twelfth"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
@@ -75,8 +66,8 @@ PAIRED = (
     ("llama-15m", "velora-all-m4-8bit", ("full", "flora")),
 )
 """Task, variant, and the variants that the page of pre-training compares it with."""
-LONG = "pretrain-long"
-"""The folder of the scale of that name."""
+PRE_TRAINING_ROWS = {SCALE: "pretrain", "long": "pretrain-long"}
+"""Folders by scale."""
 VARIED_ON = "llama-3m"
 VARIED = (
     *("full", "velora-value-down", "velora-value-down-signs"),
@@ -143,15 +134,19 @@ def _fine_tuning() -> str:
 
 
 def _pre_training() -> str:
-    own, body = _finished("pretrain"), []
-    for task in own.bench.scales[SCALE].tasks:
-        for line in lines_of(own, task):
-            if line.variant.name in PRE_TRAINED:
-                quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
-                sizes = (line.memory["optimizer_state"], line.peak)
-                memory = [known(size, format_bytes) for size in sizes]
-                step = known(line.step and line.step.median, format_seconds)
-                body.append([task, line.variant.label, *quality, *memory, step])
+    body = []
+    for scale, folder in PRE_TRAINING_ROWS.items():
+        own = _finished("pretrain", scale, folder)
+        for task in own.bench.scales[scale].tasks:
+            tokens = next(row.details["tokens"] for row in own.rows if row.task == task)
+            for line in lines_of(own, task):
+                if line.variant.name in PRE_TRAINED:
+                    quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
+                    sizes = (line.memory["optimizer_state"], line.peak)
+                    memory = [known(size, format_bytes) for size in sizes]
+                    step = known(line.step and line.step.median, format_seconds)
+                    model = f"{task}, {tokens / 1e6:.1f}M tokens"
+                    body.append([model, line.variant.label, *quality, *memory, step])
     header = ["pre-trained", "method", "perplexity", "% against full", "optimizer state"]
     header += ["peak", "step"]
     return markdown_grid(header, body)
@@ -166,9 +161,9 @@ def _speed() -> str:
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
 
 
-def pre_trained(task: str, scale: str = SCALE, folder: str = "pretrain") -> str:
+def pre_trained(task: str, scale: str = SCALE) -> str:
     """All methods on one model, with what a step holds."""
-    own, body = _finished("pretrain", scale, folder), []
+    own, body = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale]), []
     lines = lines_of(own, task)
     first = lines[0].step
     for line in lines:
@@ -259,7 +254,7 @@ PLACES = (
         Place(PRE_TRAINING, task, partial(pre_trained, task))
         for task in BENCHES["pretrain"].scales[SCALE].tasks
     ),
-    Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long", LONG)),
+    Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
     Place(PRE_TRAINING, "pairs", paired),
     Place(PRE_TRAINING, "rates", rates),
     Place(ANALYSIS, "ablations", ablations),
