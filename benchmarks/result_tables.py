@@ -61,8 +61,8 @@ PAIRED = (
     ("llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
     ("llama-15m", "velora-value-down", ("full",)),
     ("llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
-    ("llama-15m", "velora-all", ("full", *_PROJECTED)),
-    ("llama-15m", "velora-all-fixed", _ALL),
+    ("llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
+    ("llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
     ("llama-15m", "velora-all-m4-8bit", ("full", "flora")),
 )
 """Task, variant, and the variants that the page of pre-training compares it with."""
