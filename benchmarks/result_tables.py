@@ -6,15 +6,15 @@
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
 against full AdamW; times of training steps. docs/results/pretraining.md has one for each model,
 one for more tokens, one that compares methods seed by seed and one of the sweep of learning rates;
-docs/results/analysis.md has that of the ablations.
+docs/results/analysis.md has one that compares choices of v.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from marked import replaced
 from velora_torch.atomic import write_whole
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.collect import collect
-from velora_torch.bench.grid import Finished
+from velora_torch.bench.grid import Finished, Row
 from velora_torch.bench.pretrain.protocol import LOCAL_RATES, REST
-from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
+from velora_torch.bench.pretrain.table import CATEGORIES, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
@@ -54,29 +54,33 @@ PRE_TRAINED = (
 _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 PAIRED = (
-    ("llama-3m", "velora-value-down", ("full", "lora")),
-    ("llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
-    ("llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
-    ("llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
-    ("llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
-    ("llama-15m", "velora-value-down", ("full",)),
-    ("llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
-    ("llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
-    ("llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
-    ("llama-15m", "velora-all-m4-8bit", ("full", "flora")),
+    ("local", "llama-3m", "velora-value-down", ("full", "lora")),
+    ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
+    ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
+    ("local", "llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
+    ("local", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
+    ("local", "llama-15m", "velora-value-down", ("full",)),
+    ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
+    ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
+    ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
+    ("local", "llama-15m", "velora-all-m4-8bit", ("full", "flora")),
+    ("long", "llama-3m", "velora-value-down", ("full", "lora")),
+    ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
+    ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
+    ("long", "llama-3m", "velora-all-fixed", ("velora-all",)),
+    ("long", "llama-3m", "velora-all-often", ("velora-all",)),
 )
-"""Task, variant, and the variants that the page of pre-training compares it with."""
+"""Scale, task, variant, and the variants that the page of pre-training compares it with."""
+PAIRED_VECTORS = (
+    (SCALE, "llama-3m", "velora-value-down-signs", ("full", "velora-value-down")),
+    (SCALE, "llama-3m", "velora-not-qk-average", ("full", "velora-not-qk")),
+    (SCALE, "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
+    (SCALE, "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
+)
+"""The same for the page of the analysis."""
 PRE_TRAINING_ROWS = {SCALE: "pretrain", "long": "pretrain-long"}
-"""Folders by scale."""
-VARIED_ON = "llama-3m"
-VARIED = (
-    *("full", "velora-value-down", "velora-value-down-signs"),
-    *("velora-not-qk", "velora-not-qk-average", "velora-qk", "velora-qk-faster"),
-    *("velora-all", "velora-all-fixed", "velora-all-often"),
-    *("velora-all-gaussian", "velora-all-average", "velora-all-running"),
-)
-"""What the page of the analysis explains, and on which model."""
-QUALITY = ["method", "seeds", "perplexity", "% against full"]
+"""Folders by scale; a scale's rows that only the analysis needs are in one more."""
+VECTOR_ROWS = "pretrain-ablations"
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -114,6 +118,7 @@ def results() -> str:
 
 
 def _finished(bench: str, scale: str = SCALE, folder: str | None = None) -> Finished:
+    """Rows and times: of the folder with the bench's name, or of another."""
     finished, _stale = collect(BENCHES[bench], scale, RESULTS / (folder or bench))
     return finished
 
@@ -135,17 +140,16 @@ def _fine_tuning() -> str:
 
 def _pre_training() -> str:
     body = []
-    for scale, folder in PRE_TRAINING_ROWS.items():
-        own = _finished("pretrain", scale, folder)
+    for scale in PRE_TRAINING_ROWS:
+        own = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale])
         for task in own.bench.scales[scale].tasks:
-            tokens = next(row.details["tokens"] for row in own.rows if row.task == task)
+            model = f"{task}, {_millions(own.rows, task)}"
             for line in lines_of(own, task):
                 if line.variant.name in PRE_TRAINED:
                     quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
                     sizes = (line.memory["optimizer_state"], line.peak)
                     memory = [known(size, format_bytes) for size in sizes]
                     step = known(line.step and line.step.median, format_seconds)
-                    model = f"{task}, {tokens / 1e6:.1f}M tokens"
                     body.append([model, line.variant.label, *quality, *memory, step])
     header = ["pre-trained", "method", "perplexity", "% against full", "optimizer state"]
     header += ["peak", "step"]
@@ -174,56 +178,45 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
             step = format_seconds(first.median)
         else:
             step = format_ratio(line.step.median / first.median)
-        memory = [known(size, format_bytes) for size in sizes]
-        body.append([*_quality(own, task, line), *memory, *([step] if first else [])])
-    header = [*QUALITY, *CATEGORIES.values(), "peak of a step", *(["step"] if first else [])]
+        cells = [
+            line.variant.label,
+            str(sum(row.task == task and row.variant == line.variant.name for row in own.rows)),
+            format_estimate(line.perplexity, 1.0),
+            "" if line.relative is None else format_change(line.relative),
+            *(known(size, format_bytes) for size in sizes),
+        ]
+        body.append([*cells, step] if first else cells)
+    header = ["method", "seeds", "perplexity", "% against full", *CATEGORIES.values()]
+    header += ["peak of a step", *(["step"] if first else [])]
     return markdown_grid(header, body)
-
-
-def ablations() -> str:
-    """Other vectors, layers and redraws, beside the methods that they vary."""
-    own = _finished("pretrain")
-    varied = _finished("pretrain", folder="pretrain-ablations")
-    both = replace(own, rows=[*own.rows, *varied.rows])
-    lines = {line.variant.name: line for line in lines_of(both, VARIED_ON)}
-    body = [_quality(both, VARIED_ON, lines[name]) for name in VARIED if name in lines]
-    return markdown_grid(QUALITY, body)
-
-
-def _quality(own: Finished, task: str, line: Line) -> list[str]:
-    name = line.variant.name
-    seeds = sum(row.task == task and row.variant == name for row in own.rows)
-    return [
-        line.variant.label,
-        str(seeds),
-        format_estimate(line.perplexity, 1.0),
-        "" if line.relative is None else format_change(line.relative),
-    ]
 
 
 def rates() -> str:
     """What the sweep of learning rates has found: the bench's own rates are bold."""
     own, body = BENCHES["pretrain"], []
     tasks = own.scales[SCALE].tasks
+    scores = choose_rates.scores_of("pretrain")
     for variant in choose_rates.SMALL | choose_rates.LARGER:
-        tried = [_sweep(task, variant) for task in tasks]
+        tried = [_sweep(scores, task, variant) for task in tasks]
         body.append([own.variant(variant).label, *tried])
-    return markdown_grid(["", *tasks], body, words=tasks)
+    return markdown_grid(["method", *tasks], body, words=tasks)
 
 
-def _sweep(task: str, variant: str) -> str:
+def _sweep(scores: dict[choose_rates.Tried, list[float]], task: str, variant: str) -> str:
     """Rates of the linear layers and perplexities, those of the bench's rate of the rest."""
-    found = {
-        linear: scores
-        for (at, name, rest, linear), scores in choose_rates.scores_of("pretrain").items()
+    found = sorted(
+        (linear, of)
+        for (at, name, rest, linear), of in scores.items()
         if (at, name, rest) == (task, variant, REST) and linear is not None
-    }
+    )
+    if not found:
+        return ""
     shown = []
-    for linear in sorted(found):
-        score = f"{statistics.mean(found[linear]):.1f}" + ("†" if len(found[linear]) > 1 else "")
+    for linear, of in found:
+        score = f"{statistics.mean(of):.1f}" + ("†" if len(of) > 1 else "")
         chosen = linear == LOCAL_RATES[task][variant].linear
         shown.append(f"**{score}**" if chosen else score)
-    return f"{', '.join(map(_short, sorted(found)))}: {', '.join(shown)}" if found else ""
+    return f"{', '.join(_short(linear) for linear, _ in found)}: {', '.join(shown)}"
 
 
 def _short(rate: float) -> str:
@@ -232,19 +225,34 @@ def _short(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def paired() -> str:
+Pairs = tuple[tuple[str, str, str, tuple[str, ...]], ...]
+
+
+def paired(pairs: Pairs) -> str:
     """Perplexity of a method over another's, less 1, in per cent: paired by seed, and each seed."""
-    own, body = _finished("pretrain"), []
-    scores = by_variant(own.rows)
-    for task, variant, others in PAIRED:
+    bench, body = BENCHES["pretrain"], []
+    rows = {
+        scale: list(_finished("pretrain", scale, PRE_TRAINING_ROWS[scale]).rows)
+        for scale in PRE_TRAINING_ROWS
+    }
+    rows[SCALE] += _finished("pretrain", folder=VECTOR_ROWS).rows
+    scores = {scale: by_variant(own) for scale, own in rows.items()}
+    for scale, task, variant, others in pairs:
         for other in others:
-            mine, its = scores[variant][task], scores[other][task]
+            mine, its = scores[scale][variant][task], scores[scale][other][task]
             ratios = [mine[seed] / its[seed] - 1 for seed in sorted(mine.keys() & its.keys())]
-            labels = [own.bench.variant(name).label for name in (variant, other)]
+            labels = [bench.variant(name).label for name in (variant, other)]
             each = ", ".join(f"{100 * ratio:+.1f}" for ratio in ratios)
-            body.append([task, *labels, format_change(estimate(ratios)), each])
+            model = f"{task}, {_millions(rows[scale], task)}"
+            body.append([model, *labels, format_change(estimate(ratios)), each])
     header = ["model", "method", "compared with", "%", "each seed"]
     return markdown_grid(header, body, words=header[1:3])
+
+
+def _millions(rows: Sequence[Row], task: str) -> str:
+    """The tokens that a size is trained on."""
+    tokens = next(row.details["tokens"] for row in rows if row.task == task)
+    return f"{tokens / 1e6:.1f}M tokens"
 
 
 PRE_TRAINING, ANALYSIS = "docs/results/pretraining.md", "docs/results/analysis.md"
@@ -255,9 +263,9 @@ PLACES = (
         for task in BENCHES["pretrain"].scales[SCALE].tasks
     ),
     Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
-    Place(PRE_TRAINING, "pairs", paired),
+    Place(PRE_TRAINING, "pairs", partial(paired, PAIRED)),
     Place(PRE_TRAINING, "rates", rates),
-    Place(ANALYSIS, "ablations", ablations),
+    Place(ANALYSIS, "ablations", partial(paired, PAIRED_VECTORS)),
 )
 
 
