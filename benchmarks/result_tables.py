@@ -72,15 +72,16 @@ PAIRED = (
 )
 """Scale, task, variant, and the variants that the page of pre-training compares it with."""
 PAIRED_VECTORS = (
-    (SCALE, "llama-3m", "velora-value-down-signs", ("full", "velora-value-down")),
-    (SCALE, "llama-3m", "velora-not-qk-average", ("full", "velora-not-qk")),
-    (SCALE, "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
-    (SCALE, "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
+    ("local", "llama-3m", "velora-value-down-signs", ("full", "velora-value-down")),
+    ("local", "llama-3m", "velora-not-qk-average", ("full", "velora-not-qk")),
+    ("local", "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
+    ("local", "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
 )
 """The same for the page of the analysis."""
 PRE_TRAINING_ROWS = {SCALE: "pretrain", "long": "pretrain-long"}
-"""Folders by scale; a scale's rows that only the analysis needs are in one more."""
+"""Folders by scale."""
 VECTOR_ROWS = "pretrain-ablations"
+"""The folder of the local scale's rows that only the analysis compares."""
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -140,8 +141,8 @@ def _fine_tuning() -> str:
 
 def _pre_training() -> str:
     body = []
-    for scale in PRE_TRAINING_ROWS:
-        own = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale])
+    for scale, folder in PRE_TRAINING_ROWS.items():
+        own = _finished("pretrain", scale, folder)
         for task in own.bench.scales[scale].tasks:
             model = f"{task}, {_millions(own.rows, task)}"
             for line in lines_of(own, task):
@@ -232,8 +233,8 @@ def paired(pairs: Pairs) -> str:
     """Perplexity of a method over another's, less 1, in per cent: paired by seed, and each seed."""
     bench, body = BENCHES["pretrain"], []
     rows = {
-        scale: list(_finished("pretrain", scale, PRE_TRAINING_ROWS[scale]).rows)
-        for scale in PRE_TRAINING_ROWS
+        scale: list(_finished("pretrain", scale, folder).rows)
+        for scale, folder in PRE_TRAINING_ROWS.items()
     }
     rows[SCALE] += _finished("pretrain", folder=VECTOR_ROWS).rows
     scores = {scale: by_variant(own) for scale, own in rows.items()}
