@@ -1,9 +1,9 @@
 """Choose the learning rates of a bench: 800 training examples, 200 others to choose by.
 
-    python benchmarks/choose_rates.py vtab|glue|alpaca|pretrain [--part 1/2] [--table]
+    python benchmarks/choose_rates.py vtab|glue|alpaca|pretrain|pretrain-long [--part 1/2] [--table]
 
 VTAB-1k's way of choosing: methods of the bench, at several learning rates, on some of its tasks;
-the test examples are not seen. Pre-training has half of the bench's tokens, and holds out other
+the test examples are not seen. Pre-training has half of its scale's tokens, and holds out other
 documents. One row for each run in benchmarks/results/choose_rates.jsonl; finished rows are skipped.
 --table prints the scores. The rates chosen (best mean score) stand in src/velora_torch/bench/; a
 variant that has no rates here takes those of the method it varies.
@@ -54,6 +54,7 @@ TASKS = {
     "vtab": ("emoji", "count"),
     "alpaca": ("trec-50",),
     "pretrain": ("llama-3m", "llama-15m"),
+    "pretrain-long": ("llama-3m",),
 }
 COEFFICIENT_RATES = {
     "vtab": {
@@ -97,17 +98,32 @@ LARGER: Pairs = {
     "apollo": _around(1e-3),
     "galore-twelfth": _around(2e-3),
 }
-FROM_SCRATCH = {"llama-3m": SMALL, "llama-15m": LARGER}
-"""Pre-training: the rate of the rest, and that of the blocks' linear layers in whatever form."""
+LONGER: Pairs = {
+    "full": _around(1e-3),
+    "velora-all": _around(2e-3),
+    "velora-not-qk": _around(1e-3),
+    "velora-value-down": _around(1e-3),
+    "lora": _around(2e-3),
+}
+FROM_SCRATCH = {
+    "pretrain": {"llama-3m": SMALL, "llama-15m": LARGER},
+    "pretrain-long": {"llama-3m": LONGER},
+}
+"""Pre-training, by scale: the rate of the rest, and that of the blocks' linear layers in whatever
+form."""
+RECIPES = {"pretrain": protocol.local_recipe, "pretrain-long": protocol.long_recipe}
+"""Of the scales of pre-training."""
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches; also of the split that pre-training holds out."""
 
 
-TIES: dict[str, Pairs] = {
-    "llama-3m": {
-        "velora-all": ((REST, 1e-3), (REST, 2e-3)),
-        "apollo": ((REST, 2e-3), (REST, 4e-3)),
+TIES: dict[str, dict[str, Pairs]] = {
+    "pretrain": {
+        "llama-3m": {
+            "velora-all": ((REST, 1e-3), (REST, 2e-3)),
+            "apollo": ((REST, 2e-3), (REST, 4e-3)),
+        }
     }
 }
 """Rates less than 1% apart with the first seed, which two more seeds decide between."""
@@ -125,8 +141,8 @@ Line = tuple[str, float | None, float | None]
 
 def lines(bench: str, task: str) -> list[Line]:
     """What is tried on a task."""
-    if bench == "pretrain":
-        return [(v, *pair) for v, pairs in FROM_SCRATCH[task].items() for pair in pairs]
+    if bench in FROM_SCRATCH:
+        return [(v, *pair) for v, pairs in FROM_SCRATCH[bench][task].items() for pair in pairs]
     both = [(v, rate, None) for v, rates in RATES[bench].items() for rate in rates]
     own = COEFFICIENT_RATES.get(bench, {}).items()
     return [*both, *((v, None, rate) for v, rates in own for rate in rates)]
@@ -134,20 +150,21 @@ def lines(bench: str, task: str) -> list[Line]:
 
 def cells(bench: str) -> list[Cell]:
     made = [(task, *line, SEED) for task in TASKS[bench] for line in lines(bench, task)]
-    if bench == "pretrain":
-        tied = [
-            (t, v, *pair) for t, of in TIES.items() for v, pairs in of.items() for pair in pairs
-        ]
-        made += [(*line, SEED + more) for more in (1, 2) for line in tied]
-    return made
+    tied = [
+        (task, v, *pair)
+        for task, of in TIES.get(bench, {}).items()
+        for v, pairs in of.items()
+        for pair in pairs
+    ]
+    return made + [(*line, SEED + more) for more in (1, 2) for line in tied]
 
 
 def measure(
     bench: str, task: str, variant: str, rate: float | None, own: float | None, seed: int
 ) -> dict:
-    if bench == "pretrain":
+    if bench in RECIPES:
         assert rate is not None
-        recipe = protocol.local_recipe(task, variant, seed, protocol.Rates(rate, own))
+        recipe = RECIPES[bench](task, variant, seed, protocol.Rates(rate, own))
         recipe["train"]["tokens"] //= 2
         held_out: dict = {"seed": SEED}  # of the split
     else:
@@ -180,7 +197,7 @@ def measure(
         "score": results.after.score,
         "perplexity": results.after.perplexity,
         "text": results.run.data.get("digests"),
-        "examples": [None if bench == "pretrain" else TRAIN, results.after.examples],
+        "examples": [None if bench in RECIPES else TRAIN, results.after.examples],
         "command": f"python benchmarks/choose_rates.py {bench}",
         "machine": vars(results.run.machine),
         "versions": results.run.versions,
@@ -199,7 +216,7 @@ def key(row: dict) -> Cell:
 
 def scores_of(bench: str) -> dict[Tried, list[float]]:
     """Scores on the examples to choose by, one for each seed: in per cent, or perplexities."""
-    unit = 1 if bench == "pretrain" else 100
+    unit = 1 if bench in RECIPES else 100
     seeds: dict[Tried, list[float]] = {}
     for row in done(bench):
         seeds.setdefault(key(row)[:-1], []).append(unit * row["score"])

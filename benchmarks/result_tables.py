@@ -12,8 +12,9 @@ docs/results/analysis.md has one that compares choices of v.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from velora_torch.atomic import write_whole
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.collect import collect
 from velora_torch.bench.grid import Finished, Row
-from velora_torch.bench.pretrain.protocol import LOCAL_RATES, REST
+from velora_torch.bench.pretrain.protocol import LOCAL_RATES, LONG_RATES, REST, Rates
 from velora_torch.bench.pretrain.table import CATEGORIES, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
@@ -167,10 +168,11 @@ def _speed() -> str:
 
 
 def pre_trained(task: str, scale: str = SCALE) -> str:
-    """All methods on one model, with what a step holds."""
+    """All methods on one model, with what a step holds; of a longer scale, with tokens to match."""
     own, body = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale]), []
     lines = lines_of(own, task)
     first = lines[0].step
+    tokens = _tokens_to_match(own.rows, task) if scale != SCALE else None
     for line in lines:
         sizes = (*line.memory.values(), line.peak)
         if line.step is None or first is None:
@@ -186,37 +188,66 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
             "" if line.relative is None else format_change(line.relative),
             *(known(size, format_bytes) for size in sizes),
         ]
+        if tokens is not None:
+            assert line.perplexity is not None
+            cells.insert(4, f"{tokens(line.perplexity.mean) / 1e6:.1f}M")
         body.append([*cells, step] if first else cells)
-    header = ["method", "seeds", "perplexity", "% against full", *CATEGORIES.values()]
+    header = ["method", "seeds", "perplexity", "% against full"]
+    header += ["full training needs", *CATEGORIES.values()] if tokens else CATEGORIES.values()
     header += ["peak of a step", *(["step"] if first else [])]
     return markdown_grid(header, body)
 
 
+def _tokens_to_match(longer: Sequence[Row], task: str) -> Callable[[float], float]:
+    """The tokens after which full training ends at a perplexity.
+
+    A power law through its two ends, at the local scale and at a longer one, means over the seeds
+    that both have: each the end of a whole schedule.
+    """
+    rows = [
+        {row.seed: row for row in of if (row.task, row.variant) == (task, "full")}
+        for of in (_finished("pretrain").rows, longer)
+    ]
+    seeds = sorted(rows[0].keys() & rows[1].keys())
+    few, many = (of[seeds[0]].details["tokens"] for of in rows)
+    high, low = (statistics.fmean(of[seed].score for seed in seeds) for of in rows)
+    exponent = math.log(high / low) / math.log(many / few)
+    return lambda perplexity: many * (low / perplexity) ** (1 / exponent)
+
+
 def rates() -> str:
-    """What the sweep of learning rates has found: the bench's own rates are bold."""
+    """What the sweeps of learning rates have found: the bench's own rates are bold."""
     own, body = BENCHES["pretrain"], []
-    tasks = own.scales[SCALE].tasks
-    scores = choose_rates.scores_of("pretrain")
+    columns = {
+        f"{task}{words}": swept
+        for bench, chosen, words in (
+            ("pretrain", LOCAL_RATES, ""),
+            ("pretrain-long", LONG_RATES, ", four times the tokens"),
+        )
+        for task in choose_rates.TASKS[bench]
+        if (swept := _swept(bench, task, chosen[task]))
+    }
     for variant in choose_rates.SMALL | choose_rates.LARGER:
-        tried = [_sweep(scores, task, variant) for task in tasks]
+        tried = [column.get(variant, "") for column in columns.values()]
         body.append([own.variant(variant).label, *tried])
-    return markdown_grid(["method", *tasks], body, words=tasks)
+    return markdown_grid(["method", *columns], body, words=tuple(columns))
 
 
-def _sweep(scores: dict[choose_rates.Tried, list[float]], task: str, variant: str) -> str:
-    """Rates of the linear layers and perplexities, those of the bench's rate of the rest."""
-    found = sorted(
-        (linear, of)
-        for (at, name, rest, linear), of in scores.items()
-        if (at, name, rest) == (task, variant, REST) and linear is not None
-    )
-    if not found:
-        return ""
+def _swept(bench: str, task: str, chosen: Mapping[str, Rates]) -> dict[str, str]:
+    """By variant: rates of the linear layers and perplexities, those of the bench's rate of the
+    rest."""
+    found: dict[str, list[tuple[float, list[float]]]] = {}
+    for (at, variant, rest, linear), of in choose_rates.scores_of(bench).items():
+        if (at, rest) == (task, REST) and linear is not None:
+            found.setdefault(variant, []).append((linear, of))
+    return {variant: _tried(sorted(of), chosen[variant].linear) for variant, of in found.items()}
+
+
+def _tried(found: Sequence[tuple[float, list[float]]], chosen: float | None) -> str:
     shown = []
     for linear, of in found:
         score = f"{statistics.mean(of):.1f}" + ("†" if len(of) > 1 else "")
-        chosen = linear == LOCAL_RATES[task][variant].linear
-        shown.append(f"**{score}**" if chosen else score)
+        shown.append(f"**{score}**" if linear == chosen else score)
     return f"{', '.join(_short(linear) for linear, _ in found)}: {', '.join(shown)}"
 
 

@@ -230,11 +230,12 @@ def local_recipe(task: str, variant: str, seed: int, rates: Rates | None = None)
 
 
 LONGER = 4  # times the tokens of the local scale
+LONG_RATES = {"llama-3m": LOCAL_RATES["llama-3m"]}
 
 
-def long_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
+def long_recipe(task: str, variant: str, seed: int, rates: Rates | None = None) -> dict[str, Any]:
     """A cell of the local scale with more tokens: whether the order of methods stays."""
-    recipe = local_recipe(task, variant, seed)
+    recipe = local_recipe(task, variant, seed, rates or LONG_RATES[task][variant])
     train = recipe["train"]
     longer = {name: LONGER * train[name] for name in ("tokens", "eval_every")}
     return {**recipe, "train": {**train, **longer}}
