@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import velora_torch
 from velora_torch import VeloraConfig
+from velora_torch.config import Init
 from velora_torch.layers import CompressedLayer
 
 from ..closeness import TOLERANCE, assert_bitwise, assert_close
@@ -71,9 +72,7 @@ def test_kinds_and_types(make: Make, dtype: torch.dtype, gradient: str, vectors:
     check(make(12, 6), x, dtype, gradient=gradient, vectors=vectors, scale=scale)
 
 
-@pytest.mark.parametrize(
-    "init", ["average", "running_average", "batch_average", "random", "rademacher", "svd"]
-)
+@pytest.mark.parametrize("init", get_args(Init))
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("make", KINDS)
 def test_choices_of_v(make: Make, gradient: str, init: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import velora_torch
 from velora_torch import VeloraConfig
 from velora_torch.checkpoint import load_state, save_state
+from velora_torch.config import Init
 from velora_torch.layers import CompressedLayer
 from velora_torch.layers.scale_shift import ScaleShift
 from velora_torch.subtoken import reference
@@ -24,7 +25,7 @@ from .test_saved_bytes import saved, shapes, storage_numbers
 
 T, D, G = 20, 24, 4
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
-INITS = ["average", "running_average", "batch_average", "random", "rademacher", "svd"]
+INITS = get_args(Init)
 
 
 class Frozen(nn.Module):
