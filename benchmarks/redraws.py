@@ -136,31 +136,28 @@ def rows() -> dict[Cell, dict[str, Any]]:
 
 
 def table() -> str:
-    """Loss, and how much more than full training's, paired by seed."""
+    """Loss, how much more than full training's, paired by seed, and the rates of the first seed."""
     losses = {cell: row["loss"] for cell, row in rows().items()}
     body = []
     for name, method in METHODS.items():
-        own = {seed: losses.get(Cell(name, seed, method.rate)) for seed in SEEDS}
-        base = {seed: losses.get(Cell("full", seed, METHODS["full"].rate)) for seed in SEEDS}
-        pairs = [(own[seed], base[seed]) for seed in SEEDS]
-        known = [(one, other) for one, other in pairs if one is not None and other is not None]
-        tried = sorted((cell.rate, loss) for cell, loss in losses.items() if cell.method == name)
-        at_first = {
-            rate: losses[Cell(name, SEEDS[0], rate)]
-            for rate, _ in tried
-            if Cell(name, SEEDS[0], rate) in losses
-        }
-        gaps = [one / other - 1 for one, other in known]
-        body.append(
-            [
-                method.label,
-                format_estimate(estimate([one for one, _ in known]), 1.0, 4),
-                "" if name == "full" else format_change(estimate(gaps)),
-                ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in at_first.items()),
-            ]
-        )
-    header = ["method", "nats a byte", "% against full", "rates tried, first seed"]
+        own, base = _by_seed(losses, name), _by_seed(losses, "full")
+        gaps = [own[seed] / base[seed] - 1 for seed in own.keys() & base.keys()]
+        tried = [(cell.rate, loss) for cell, loss in losses.items() if cell.method == name]
+        first = {rate: losses.get(Cell(name, SEEDS[0], rate)) for rate, _ in sorted(tried)}
+        cells = [
+            format_estimate(estimate(list(own.values())), 1.0, 3),
+            "" if name == "full" else format_change(estimate(gaps)),
+            ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in first.items()),
+        ]
+        body.append([method.label, *cells])
+    header = ["method", "nats a byte", "% against full", "by rate, first seed"]
     return markdown_grid(header, body)
+
+
+def _by_seed(losses: dict[Cell, float], name: str) -> dict[int, float]:
+    """Losses of a method at its own rate."""
+    at = {seed: losses.get(Cell(name, seed, METHODS[name].rate)) for seed in SEEDS}
+    return {seed: loss for seed, loss in at.items() if loss is not None}
 
 
 def main() -> None:
