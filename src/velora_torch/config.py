@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-Init = Literal[
-    "average", "running_average", "batch_average", "random", "rademacher", "hadamard", "svd"
-]
+Init = Literal["average", "running_average", "batch_average", "random", "rademacher", "svd"]
 Vectors = Literal["shared", "per_group"]
 Gradient = Literal["factored", "dense"]
 Rounding = Literal["stochastic", "nearest"]
@@ -20,7 +18,7 @@ Targets = str | Iterable[str] | Callable[[str, Any], bool]
 without importing PyTorch."""
 
 DEFAULT_NUM_GROUPS = 32
-RANDOM: tuple[Init, ...] = ("random", "rademacher", "hadamard")
+RANDOM: tuple[Init, ...] = ("random", "rademacher")
 """Choices of v that need no data."""
 
 RECOMMENDED: dict[Purpose, dict[str, Any]] = {
@@ -75,11 +73,9 @@ class VeloraConfig:
     """How v is chosen: ``average`` (mean sub-token of the first training batch, then fixed: the
     paper's choice), ``running_average`` (of all batches so far), ``batch_average`` (of each step's
     first batch), ``random`` (seeded, Gaussian), ``rademacher`` (seeded, entries ±1/√M: Adam and its
-    kin move weights along sign(v), which is v itself then), ``hadamard`` (the same, but M draws in
-    a row are orthogonal, so that they cover every direction of a sub-token equally; M a power of
-    two, else the next one's number of draws covers them) or ``svd`` (first right singular vector
-    of a sub-sample of the first batch). Paper, section 3 and table 6; ``rademacher`` and
-    ``hadamard`` are not in it."""
+    kin move weights along sign(v), which is v itself then) or ``svd`` (first right singular vector
+    of a sub-sample of the first batch). Paper, section 3 and table 6; ``rademacher`` is not in
+    it."""
 
     vectors: Vectors = "shared"
     """One v for all groups of a layer (paper), or a v of its own ``per_group``."""

@@ -22,7 +22,7 @@ from ..subtoken.test_vectors import assert_unit, average, cut
 from .cases import GRADIENTS, compress, linear
 
 FROM_DATA = ["average", "running_average", "batch_average", "svd"]
-RANDOM = ["random", "rademacher", "hadamard"]
+RANDOM = ["random", "rademacher"]
 INITS = [*FROM_DATA, *RANDOM]
 VECTORS = ["shared", "per_group"]
 
@@ -139,40 +139,6 @@ def test_rademacher_vectors_are_their_own_signs(vectors: str):
     assert (v[0] != v[1]).any() == (vectors == "per_group")
     many = layer_of(init="rademacher", vectors="per_group", num_groups=10).velora_vectors
     assert 0 < (many > 0).sum() < 10
-
-
-@pytest.mark.parametrize("vectors", VECTORS)
-@pytest.mark.parametrize("size", [1, 2, 8, 16])
-def test_hadamard_vectors_are_orthogonal_until_all_directions_are_covered(vectors: str, size: int):
-    layer = layer_of_width(48, init="hadamard", vectors=vectors, num_groups=48 // size)
-    cycles = [drawn_in_turn(layer, size) for _ in range(2)]
-    for drawn in cycles:  # (draws, G, M)
-        gram = torch.einsum("agm, bgm -> gab", drawn, drawn)
-        assert_close(gram, torch.eye(size).double().expand_as(gram), 1e-12)
-        assert_close(drawn.abs(), torch.full_like(drawn, size**-0.5), 1e-12)
-    if size > 2:
-        assert not torch.equal(*cycles)
-        assert (cycles[0][:, 0] != cycles[0][:, 1]).any() == (vectors == "per_group")
-
-
-@pytest.mark.parametrize("size", [3, 6, 12])
-def test_hadamard_vectors_cover_directions_equally_where_no_matrix_has_that_order(size: int):
-    layer = layer_of_width(48, init="hadamard", vectors="per_group", num_groups=48 // size)
-    drawn = drawn_in_turn(layer, draws := 1 << (size - 1).bit_length())
-    covered = torch.einsum("agm, agn -> gmn", drawn, drawn)
-    assert_close(covered, draws / size * torch.eye(size).double().expand_as(covered), 1e-12)
-
-
-def layer_of_width(width: int, **settings: Any) -> CompressedLayer:
-    return compress(linear(width, 5).double(), **settings)
-
-
-def drawn_in_turn(layer: CompressedLayer, draws: int) -> Tensor:
-    seen = []
-    for _ in range(draws):
-        seen.append(layer.velora_vectors.clone())
-        layer.draw(None)
-    return torch.stack(seen)
 
 
 @pytest.mark.parametrize("init", RANDOM)

@@ -20,8 +20,6 @@ from velora_torch.subtoken import vectors as choose
 
 MOVING = ("running_average", "batch_average")
 """Choices that are the same as ``average`` in the first step."""
-IN_TURN = ("hadamard",)
-"""Choices of which one draw is as good as one of ``rademacher``: only their order is another."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,8 @@ class Choice:
 
 
 def choices(steps: Sequence[int]) -> list[Choice]:
-    """Every choice that differs in one step; moving averages only after the first."""
-    left_out = IN_TURN if steps[-1] > 0 else (*IN_TURN, *MOVING)
-    inits = [init for init in get_args(Init) if init not in left_out]
+    """Every choice; moving averages only where a step after the first is looked at."""
+    inits = [init for init in get_args(Init) if steps[-1] > 0 or init not in MOVING]
     return [Choice(init, vectors) for vectors in get_args(Vectors) for init in inits]
 
 

@@ -104,32 +104,15 @@ def random(
         shape: (G, M).
         per_group: a vector for each group, or one for all.
         dtype: type of the result.
-        init: ``random``, Gaussian entries; ``rademacher``, entries ±1; ``hadamard``, entries ±1
-            that are a row of a Hadamard matrix of order n, the smallest power of two from M on:
-            n draws take its rows in a random order, and the next n another one's.
+        init: ``random``, Gaussian entries; ``rademacher``, entries ±1.
     """
     groups, size = shape
+    generator = torch.Generator().manual_seed(layer_seed(name, seed, draw))
     rows = groups if per_group else 1
-    order = 1 << (size - 1).bit_length()
-    cycle, place = divmod(draw, order) if init == "hadamard" else (draw, 0)
-    generator = torch.Generator().manual_seed(layer_seed(name, seed, cycle))
     drawn = torch.randn(rows, size, generator=generator, dtype=dtype)
-    if init != "random":
+    if init == "rademacher":
         drawn = torch.where(drawn < 0, -1.0, 1.0).to(dtype)
-    if init == "hadamard":  # columns times random signs leave the rows orthogonal
-        taken = torch.rand(rows, order, generator=generator).argsort(dim=1)[:, place]
-        drawn = drawn * _hadamard_rows(taken, size).to(dtype)
     return drawn.expand(groups, size)
-
-
-def _hadamard_rows(rows: Tensor, size: int) -> Tensor:
-    """Rows of Sylvester's Hadamard matrix, cut to ``size`` columns: ±1, (rows, size).
-
-    Its entry (i, j) is -1 to the number of bits that i and j share.
-    """
-    shared = rows.unsqueeze(1) & torch.arange(size)
-    bits = torch.stack([shared >> bit & 1 for bit in range(max(size.bit_length(), 1))])
-    return 1 - 2 * (bits.sum(dim=0) % 2)
 
 
 def layer_seed(name: str, seed: int, counter: int) -> int:

@@ -21,7 +21,6 @@ QUERY_AND_KEY = BLOCKS + r"self_attn\.[qk]_proj"
 NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
 REDRAWN: dict[str, Any] = {"init": "rademacher", "vectors": "per_group", "refresh_every": 200}
 FIXED: dict[str, Any] = {**REDRAWN, "refresh_every": None}
-HADAMARD: dict[str, Any] = {**REDRAWN, "init": "hadamard"}
 M = 8
 PUBLISHED_M = {"v_proj": 8, "down_proj": 16}  # of LLaMA-60M: 64 and 86 groups
 
@@ -45,8 +44,6 @@ VARIANTS = (
     Variant("velora-qk-faster", "VeLoRA: q, k alone, at twice the rate", "full"),
     Variant("velora-all-often", "VeLoRA: all, redrawn every 50 steps", "full"),
     Variant("velora-all-fixed", "VeLoRA: all, never redrawn", "full"),
-    Variant("velora-not-qk-hadamard", "VeLoRA: all but q, k, orthogonal signs", "full"),
-    Variant("velora-all-hadamard", "VeLoRA: all, orthogonal signs", "full"),
     Variant("velora-all-gaussian", "VeLoRA: all, Gaussian v", "full"),
     Variant("velora-all-average", "VeLoRA: all, fixed average", "full"),
     Variant("velora-all-running", "VeLoRA: all, running average", "full"),
@@ -89,8 +86,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-qk-faster": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
     "velora-all-often": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "refresh_every": 50})},
     "velora-all-fixed": {"velora": _velora(ALL_LINEAR, **FIXED)},
-    "velora-not-qk-hadamard": {"velora": _velora(NOT_QUERY_AND_KEY, **HADAMARD)},
-    "velora-all-hadamard": {"velora": _velora(ALL_LINEAR, **HADAMARD)},
     "velora-all-gaussian": {"velora": _velora(ALL_LINEAR, **{**REDRAWN, "init": "random"})},
     "velora-all-average": {"velora": _velora(ALL_LINEAR)},
     "velora-all-running": {
