@@ -75,6 +75,8 @@ PAIRED = (
 PAIRED_VECTORS = (
     ("local", "llama-3m", "velora-value-down-signs", ("full", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk-average", ("full", "velora-not-qk")),
+    ("local", "llama-3m", "velora-qk", ("full",)),
+    ("local", "llama-3m", "velora-qk-faster", ("full", "velora-qk")),
     ("local", "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
     ("local", "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
 )
