@@ -201,9 +201,9 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
 
 
 def _tokens_to_match(longer: Sequence[Row], task: str) -> Callable[[float], float]:
-    """The tokens after which full training ends at a perplexity.
+    """Returns a function from a perplexity to the tokens after which full training ends there.
 
-    A power law through its two ends, at the local scale and at a longer one, means over the seeds
+    A power law through full training's two ends, at the local scale and at a longer one, means over the seeds
     that both have: each the end of a whole schedule.
     """
     rows = [
