@@ -203,8 +203,8 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
 def _tokens_to_match(longer: Sequence[Row], task: str) -> Callable[[float], float]:
     """Returns a function from a perplexity to the tokens after which full training ends there.
 
-    A power law through full training's two ends, at the local scale and at a longer one, means over the seeds
-    that both have: each the end of a whole schedule.
+    A power law through full training's two ends, at the local scale and at a longer one: means
+    over the seeds that both have, each the end of a whole schedule.
     """
     rows = [
         {row.seed: row for row in of if (row.task, row.variant) == (task, "full")}
