@@ -16,7 +16,9 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.pretrain import protocol
@@ -49,12 +51,10 @@ RATES = {
         "full": (1e-4, 2e-4, 5e-4),
     },
 }
-TASKS = {
+TASKS: dict[str, tuple[str, ...]] = {
     "glue": ("trec-50", "vader"),
     "vtab": ("emoji", "count"),
     "alpaca": ("trec-50",),
-    "pretrain": ("llama-3m", "llama-15m"),
-    "pretrain-long": ("llama-3m",),
 }
 COEFFICIENT_RATES = {
     "vtab": {
@@ -105,14 +105,23 @@ LONGER: Pairs = {
     "velora-value-down": _around(1e-3),
     "lora": _around(2e-3),
 }
-FROM_SCRATCH = {
-    "pretrain": {"llama-3m": SMALL, "llama-15m": LARGER},
-    "pretrain-long": {"llama-3m": LONGER},
+
+
+class FromScratch(NamedTuple):
+    """A scale of pre-training."""
+
+    recipe: Callable[[str, str, int, protocol.Rates], dict[str, Any]]
+    """Of a task, a variant, a seed and rates."""
+    tried: dict[str, Pairs]
+    """By task and variant: the rate of the rest, and that of the blocks' linear layers in whatever
+    form."""
+
+
+PRE_TRAINING = {
+    "pretrain": FromScratch(protocol.local_recipe, {"llama-3m": SMALL, "llama-15m": LARGER}),
+    "pretrain-long": FromScratch(protocol.long_recipe, {"llama-3m": LONGER}),
 }
-"""Pre-training, by scale: the rate of the rest, and that of the blocks' linear layers in whatever
-form."""
-RECIPES = {"pretrain": protocol.local_recipe, "pretrain-long": protocol.long_recipe}
-"""Of the scales of pre-training."""
+TASKS |= {bench: tuple(of.tried) for bench, of in PRE_TRAINING.items()}
 TRAIN, CHOOSE = 800, 200
 SEED = 100
 """Unlike the seeds of the benches; also of the split that pre-training holds out."""
@@ -141,8 +150,9 @@ Line = tuple[str, float | None, float | None]
 
 def lines(bench: str, task: str) -> list[Line]:
     """What is tried on a task."""
-    if bench in FROM_SCRATCH:
-        return [(v, *pair) for v, pairs in FROM_SCRATCH[bench][task].items() for pair in pairs]
+    if bench in PRE_TRAINING:
+        tried = PRE_TRAINING[bench].tried[task]
+        return [(v, *pair) for v, pairs in tried.items() for pair in pairs]
     both = [(v, rate, None) for v, rates in RATES[bench].items() for rate in rates]
     own = COEFFICIENT_RATES.get(bench, {}).items()
     return [*both, *((v, None, rate) for v, rates in own for rate in rates)]
@@ -162,9 +172,9 @@ def cells(bench: str) -> list[Cell]:
 def measure(
     bench: str, task: str, variant: str, rate: float | None, own: float | None, seed: int
 ) -> dict:
-    if bench in RECIPES:
+    if bench in PRE_TRAINING:
         assert rate is not None
-        recipe = RECIPES[bench](task, variant, seed, protocol.Rates(rate, own))
+        recipe = PRE_TRAINING[bench].recipe(task, variant, seed, protocol.Rates(rate, own))
         recipe["train"]["tokens"] //= 2
         held_out: dict = {"seed": SEED}  # of the split
     else:
@@ -197,7 +207,7 @@ def measure(
         "score": results.after.score,
         "perplexity": results.after.perplexity,
         "text": results.run.data.get("digests"),
-        "examples": [None if bench in RECIPES else TRAIN, results.after.examples],
+        "examples": [None if bench in PRE_TRAINING else TRAIN, results.after.examples],
         "command": f"python benchmarks/choose_rates.py {bench}",
         "machine": vars(results.run.machine),
         "versions": results.run.versions,
@@ -216,7 +226,7 @@ def key(row: dict) -> Cell:
 
 def scores_of(bench: str) -> dict[Tried, list[float]]:
     """Scores on the examples to choose by, one for each seed: in per cent, or perplexities."""
-    unit = 1 if bench in RECIPES else 100
+    unit = 1 if bench in PRE_TRAINING else 100
     seeds: dict[Tried, list[float]] = {}
     for row in done(bench):
         seeds.setdefault(key(row)[:-1], []).append(unit * row["score"])
