@@ -48,7 +48,7 @@ PRE_TRAINED = (
     *("full", "full-8bit", "full-gc", "lora", "apollo", "flora"),
     *("galore", "galore-eighth", "galore-twelfth"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
-    *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4-8bit"),
+    *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
 )
 """Variants in the README; docs/results/pretraining.md has them all."""
@@ -65,9 +65,10 @@ PAIRED = (
     ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
     ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
     ("local", "llama-15m", "velora-all-m4-8bit", ("full", "flora")),
-    ("long", "llama-3m", "velora-value-down", ("full", "lora")),
+    ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
     ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
     ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
+    ("long", "llama-3m", "velora-all-m4", (*_ALL, "velora-not-qk", "lora")),
     ("long", "llama-3m", "velora-all-fixed", ("velora-all",)),
     ("long", "llama-3m", "velora-all-often", ("velora-all",)),
 )
