@@ -78,6 +78,12 @@ def _adagrad(group: Group) -> str | None:
     return _coupled(group)
 
 
+def _ranked(group: Group) -> str | None:
+    if group.get("rank") is not None:
+        return "it projects their gradient; leave them out of the group with a rank"
+    return None
+
+
 def _always(group: Group) -> bool:
     return True
 
@@ -96,6 +102,12 @@ _TORCH: dict[type[Optimizer], Rule] = {
     torch.optim.Adagrad: Rule("sign", refuse=_adagrad),
 }
 
+LOW_RANK = Rule("sign", ("exp_avg",), refuse=_ranked, decoupled=_always)
+"""Optimizers that project the gradients of groups with a ``rank`` (GaLore, APOLLO, FLoRA) and are
+AdamW to every other group."""
+
+_LOW_RANK_MODULES = ("galore_torch.adamw", "apollo_torch.adamw", "apollo_torch.apollo")
+
 # bitsandbytes keeps one class per storage format; what it computes is its `optimizer_name`.
 _BITSANDBYTES = {
     "adam": Rule("sign", ("state1",), decoupled=_always),
@@ -106,8 +118,8 @@ _BITSANDBYTES = {
 }
 
 EXACT = (
-    "SGD, Adam, AdamW, NAdam, Adamax, RMSprop, Adagrad, bitsandbytes' Adam, AdamW and Lion, and "
-    "DeepSpeed's FusedAdam and DeepSpeedCPUAdam"
+    "SGD, Adam, AdamW, NAdam, Adamax, RMSprop, Adagrad, bitsandbytes' Adam, AdamW and Lion, "
+    "DeepSpeed's FusedAdam and DeepSpeedCPUAdam, and the AdamW of GaLore and APOLLO"
 )
 
 _ADVICE = {
@@ -159,6 +171,8 @@ def rule_for(optimizer: Optimizer) -> Rule:
             return _BITSANDBYTES[name]
     if kind.__module__.startswith("deepspeed.ops.adam."):  # its kernels of torch's Adam and AdamW
         return _TORCH[torch.optim.AdamW if optimizer.adam_w_mode else torch.optim.Adam]  # type: ignore[attr-defined]
+    if any(_is_low_rank(base) and _same_step(kind, base) for base in kind.__mro__):
+        return LOW_RANK
     why = _why_refused(optimizer, name)
     raise ValueError(
         f"VeLoRA: {kind.__name__} on coefficients would not give the weight change of the dense "
@@ -166,6 +180,10 @@ def rule_for(optimizer: Optimizer) -> Rule:
         f"with gradient='dense', or, if you know that yours is linear or scale-invariant, say so "
         f"with velora_torch.optimizers.register(...)"
     )
+
+
+def _is_low_rank(kind: type) -> bool:
+    return kind.__module__ in _LOW_RANK_MODULES and kind.__name__ == "AdamW"
 
 
 def _why_refused(optimizer: Optimizer, name: str) -> str | None:

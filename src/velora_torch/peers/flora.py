@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from velora_torch.optimizers import LOW_RANK, register
 from velora_torch.subtoken.vectors import layer_seed
 
 
@@ -115,3 +116,6 @@ class Flora(Optimizer):
         generator = torch.Generator().manual_seed(seed)
         draw = torch.randn(rank, p.shape[1], generator=generator)
         return draw.to(p.device) / rank**0.5
+
+
+register(Flora, LOW_RANK)

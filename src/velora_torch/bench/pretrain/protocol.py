@@ -38,6 +38,7 @@ VARIANTS = (
     Variant("velora-value-down", "VeLoRA: v, down", "full"),
     Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
     Variant("velora-all", "VeLoRA: all", "full"),
+    Variant("velora-value-down-apollo", "VeLoRA: v, down, APOLLO on the rest", "full"),
     Variant("velora-value-down-signs", "VeLoRA: v, down, random signs", "full"),
     Variant("velora-not-qk-average", "VeLoRA: all but q, k, fixed average", "full"),
     Variant("velora-qk", "VeLoRA: q, k alone", "full"),
@@ -80,6 +81,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-value-down": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
+    "velora-value-down-apollo": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
     "velora-not-qk-average": {"velora": _velora(NOT_QUERY_AND_KEY)},
     "velora-qk": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
@@ -116,8 +118,9 @@ PROJECTING = {
     "galore-twelfth": "galore_adamw",
     "apollo": "apollo_adamw",
     "flora": "flora",
+    "velora-value-down-apollo": "apollo_adamw",
 }
-"""Optimizers that keep their state in a subspace, by variant."""
+"""Optimizers that keep the state of what is not compressed in a subspace, by variant."""
 RANK_SHARES = {"galore-eighth": 8, "galore-twelfth": 12}
 """The width over the rank; 4 is GaLore's: 128 of 512 (256 of 768 is a third). With an eighth its
 moments are as large as those of VeLoRA with M = 8, with a twelfth its whole state is, which has
@@ -135,6 +138,8 @@ class Rates:
     linear: float | None = None
     """Of the blocks' linear layers, in whatever form they are trained: weights, coefficients,
     adapters, projected gradients. None: as the rest."""
+    coefficients: float | None = None
+    """Of coefficients alone. None: as the other linear layers."""
 
 
 REST = 3.2e-2  # all methods have it: full training loses 7% at half of it, gains 1% at double
@@ -147,6 +152,7 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "galore-eighth": 4e-3,
     "galore-twelfth": 4e-3,
     "apollo": 4e-3,
+    "velora-value-down-apollo": 4e-3,
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 2.5e-4,
@@ -160,8 +166,13 @@ _LARGER = dict.fromkeys(METHODS, 1e-3) | {
     "flora": 2.5e-4,
     "velora-all-running": 2.5e-4,
 }
+_BESIDE = {"velora-value-down-apollo": "velora-value-down"}
+"""Variants with two kinds of linear layers: coefficients have the rate of the variant named."""
 LOCAL_RATES = {
-    task: {v.name: Rates(REST, rates[without_additions(v.name)]) for v in VARIANTS}
+    task: {
+        v.name: Rates(REST, rates[without_additions(v.name)], rates.get(_BESIDE.get(v.name, "")))
+        for v in VARIANTS
+    }
     for task, rates in (("llama-3m", _SMALL), ("llama-15m", _LARGER))
 }
 
@@ -178,6 +189,8 @@ def method(
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
         train["learning_rates"] = {ALL_LINEAR: rates.linear}
+    if rates.coefficients is not None:
+        train["coefficient_learning_rate"] = rates.coefficients
     if variant in FASTER:  # of two patterns that match, the later counts
         twice = 2 * (rates.linear or rates.rest)
         train.setdefault("learning_rates", {})[FASTER[variant]] = twice

@@ -212,12 +212,4 @@ def _galore(others: Parameters, projected: Parameters, rank: int) -> Optimizer:
 def _vouch() -> None:
     """Coefficients are elementwise to these, where no rank is set."""
     optimizers.register(AdamW8bit, optimizers.Rule("sign"))
-    optimizers.register(GaLoreAdamW, optimizers.Rule("sign", refuse=_ranked))
-
-
-def _ranked(group: dict[str, Any]) -> str | None:
-    return (
-        "it projects their gradient; leave them out of the group with a rank"
-        if group.get("rank")
-        else None
-    )
+    optimizers.register(GaLoreAdamW, optimizers.LOW_RANK)
