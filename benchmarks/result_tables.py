@@ -56,6 +56,7 @@ _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
+    ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
     ("local", "llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
