@@ -24,14 +24,13 @@ KINDS = {
     "apollos-galore": apollo_torch.GaLoreAdamW,
     "flora": Flora,
 }
+RANKED = {"rank": 2, "update_proj_gap": 2}
+ALIKE = {**RANKED, "scale": 1.0, "proj_type": "std"}
 PROJECTED = {
-    "galore": {"rank": 2, "update_proj_gap": 2, "scale": 1.0, "proj_type": "std"},
-    "apollo": {
-        **{"rank": 2, "update_proj_gap": 2, "scale": 1.0, "scale_type": "channel"},
-        **{"proj": "random", "proj_type": "std"},
-    },
-    "apollos-galore": {"rank": 2, "update_proj_gap": 2, "scale": 1.0, "proj_type": "std"},
-    "flora": {"rank": 2, "update_proj_gap": 2},
+    "galore": ALIKE,
+    "apollo": {**ALIKE, "scale_type": "channel", "proj": "random"},
+    "apollos-galore": ALIKE,
+    "flora": RANKED,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -303,7 +303,7 @@ class TrainSection(Section):
     """One of transformers' optimizer names, or flora."""
     optimizer_targets: Targets | None = None
     """Layers that a low-rank optimizer (galore_adamw, apollo_adamw, flora) projects; null: all
-    linear. Compressed ones are not projected: AdamW trains their coefficients."""
+    linear. Coefficients (VeLoRA's factored gradients) are not projected: AdamW trains them."""
     optimizer_settings: dict[str, int | float | str] = Field(default_factory=dict)
     """Settings of the optimizer by name, such as rank and update_proj_gap."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(

@@ -256,7 +256,8 @@ def long_recipe(task: str, variant: str, seed: int, rates: Rates | None = None) 
 
 PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, which T4 takes
 PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
-PAPER_RATES = {"galore": 1e-2, "apollo": 1e-2, "velora-paper": 1e-2}  # their own; 1e-3 else
+PAPER_RATES = dict.fromkeys(("galore", "apollo", "velora-paper", "velora-value-down-apollo"), 1e-2)
+"""Their own; others have 1e-3."""
 
 
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
