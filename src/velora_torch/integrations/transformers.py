@@ -21,9 +21,11 @@ from velora_torch.layers.adapter import compressed_adapters
 from velora_torch.layers.quantized import CompressedQuantized, bases_alone
 from velora_torch.layers.scale_shift import ScaleShift
 from velora_torch.model import compressed_layers
-from velora_torch.pickles import check_pickles
+from velora_torch.pickles import check_pickles, projectors_allowed, projectors_to_devices
 from velora_torch.shards import check_shards
 
+OPTIMIZER_NAME = "optimizer.pt"
+"""Transformers' file of the optimizer's state."""
 ADAPTED = "_hf_peft_config_loaded"
 """What transformers sets on a model that has got adapters."""
 
@@ -34,6 +36,7 @@ class VeloraTrainerMixin:
     model: Any
     args: Any
     state: Any
+    optimizer: Any
     is_deepspeed_enabled: bool
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +76,10 @@ class VeloraTrainerMixin:
         self._load_compressed(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with projectors_allowed(Path(checkpoint or "") / OPTIMIZER_NAME):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            projectors_to_devices(self.optimizer)
         if self.is_deepspeed_enabled and checkpoint is not None:  # whose engine loaded the rest
             self._load_compressed(checkpoint)
 

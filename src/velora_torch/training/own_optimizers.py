@@ -1,4 +1,8 @@
-"""The optimizers that a recipe may name, and those of them that transformers does not know."""
+"""The optimizers that a recipe may name: those that transformers does not know, and what it drops.
+
+Transformers gives GaLore none of betas, eps and weight decay, APOLLO's projected weights no decay
+and its others none of the three, and neither of them a setting that it does not know, silently.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from velora_torch.adapters.targets import is_leaf_linear
 from velora_torch.training.recipe import RecipeError
 from velora_torch.training.sections import TrainSection
 
@@ -16,7 +21,13 @@ OWN_OPTIMIZERS = ("flora",)
 """Names that `train.optimizer` takes besides those of transformers."""
 COMMON = ("adamw_torch", "adamw_torch_fused")
 """Names that need no asking: importing transformers' list takes longer than most checks."""
-SETTINGS = ("rank", "update_proj_gap", "seed")
+_LOW_RANK = ("rank", "update_proj_gap", "scale", "proj_type", "eps")
+SETTINGS = {
+    "flora": ("rank", "update_proj_gap", "seed"),
+    "galore": _LOW_RANK,
+    "apollo": (*_LOW_RANK, "proj", "scale_type"),
+}
+"""Settings of optimizers whose names begin so; `eps` is that of the projected weights alone."""
 
 
 class OptimizerError(ValueError):
@@ -28,10 +39,10 @@ def check_optimizer(train: TrainSection) -> None:
 
     Raises:
         RecipeError: there is none; names the nearest.
-        OptimizerError: it is one of `OWN_OPTIMIZERS`, and lacks settings or has others.
+        OptimizerError: it lacks settings, or has others than its own.
     """
+    check_settings(train)
     if train.optimizer in OWN_OPTIMIZERS:
-        check_own_optimizer(train)
         return
     if train.optimizer in COMMON:
         return
@@ -47,15 +58,16 @@ def check_optimizer(train: TrainSection) -> None:
         )
 
 
-def check_own_optimizer(train: TrainSection) -> None:
-    """Raise `OptimizerError` for settings that the optimizer does not have."""
-    unknown = [name for name in train.optimizer_settings if name not in SETTINGS]
+def check_settings(train: TrainSection) -> None:
+    """Raise `OptimizerError` for settings that a low-rank optimizer does not have, or needs."""
+    kind = train.optimizer.partition("_")[0]
+    unknown = [name for name in train.optimizer_settings if name not in SETTINGS.get(kind, (name,))]
     if unknown:
         raise OptimizerError(
             f"train.optimizer_settings: {train.optimizer} has no setting {unknown[0]!r}; there "
-            f"are: {', '.join(SETTINGS)}"
+            f"are: {', '.join(SETTINGS[kind])}"
         )
-    if "rank" not in train.optimizer_settings:
+    if train.optimizer in OWN_OPTIMIZERS and "rank" not in train.optimizer_settings:
         raise OptimizerError(
             f"train.optimizer_settings: {train.optimizer} needs rank, such as {{rank: 64}}"
         )
@@ -66,17 +78,17 @@ def own_optimizer(model: nn.Module, train: TrainSection, decayed: list[str]) -> 
 
     Args:
         model: what trains.
-        train: names the optimizer, its targets (all linear layers by default) and its settings.
+        train: names the optimizer, its targets (all linear layers by default, GPT-2's ``Conv1D``
+            among them) and its settings.
         decayed: names of the parameters with weight decay.
+
+    Raises:
+        OptimizerError: there is no weight to project.
     """
     from velora_torch.peers.flora import Flora
 
-    check_own_optimizer(train)
-    matrices = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _is_target(name, train.optimizer_targets)
-    }
+    check_settings(train)
+    matrices = _projected(model, train)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -88,6 +100,58 @@ def own_optimizer(model: nn.Module, train: TrainSection, decayed: list[str]) -> 
         parts.append({"params": params, "weight_decay": decay, **settings})
     beta1, beta2 = train.betas
     return Flora(parts, lr=train.learning_rate, betas=(beta1, beta2), eps=train.eps)
+
+
+def give_settings(
+    optimizer: Optimizer, model: nn.Module, train: TrainSection, decayed: list[str]
+) -> None:
+    """Give all groups of transformers' GaLore or APOLLO a recipe's betas, eps and weight decay.
+
+    Args:
+        optimizer: the one that transformers made.
+        model: what it trains.
+        train: the settings.
+        decayed: names of the parameters with weight decay.
+    """
+    named = set(decayed)
+    decaying = {id(p) for name, p in model.named_parameters() if name in named}
+    for group in list(optimizer.param_groups):
+        if "betas" not in group:  # GaLore's Adafactor, and what trains layer by layer
+            continue
+        own = train.optimizer_settings.get("eps") if "rank" in group else None
+        settings = {"betas": tuple(train.betas), "eps": float(train.eps if own is None else own)}
+        group.update(settings, weight_decay=0.0)
+        decays = [p for p in group["params"] if id(p) in decaying]
+        if train.weight_decay and decays:
+            group["params"] = [p for p in group["params"] if id(p) not in decaying]
+            other = {**group, "params": decays, "weight_decay": train.weight_decay}
+            optimizer.param_groups.append(other)
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _projected(model: nn.Module, train: TrainSection) -> set[str]:
+    """Names of the weights that the optimizer projects."""
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if is_leaf_linear(module)
+        # What a compressed layer trains is another parameter, whatever its `weight` is made of.
+        and getattr(module._parameters.get("weight"), "requires_grad", False)
+    ]
+    if not linear:
+        raise OptimizerError(
+            f"train.optimizer: {train.optimizer} has no weight to project, since no linear layer "
+            "trains its weight (compressed ones train coefficients, unless gradient: dense); use "
+            "adamw_torch"
+        )
+    chosen = {f"{name}.weight" for name in linear if _is_target(name, train.optimizer_targets)}
+    if not chosen:
+        raise OptimizerError(
+            f"train.optimizer_targets: {train.optimizer_targets!r} matches none of the "
+            f"{len(linear)} linear layers that train their weight, such as "
+            f"{', '.join(linear[:3])}; a regular expression has to match the whole name"
+        )
+    return chosen
 
 
 def _is_target(name: str, targets: str | list[str] | None) -> bool:

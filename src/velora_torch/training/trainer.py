@@ -31,7 +31,7 @@ from velora_torch.training.interrupts import StopWhenAsked
 from velora_torch.training.methods import head_of
 from velora_torch.training.models import parameters_in
 from velora_torch.training.order import LongestFirst
-from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, own_optimizer
+from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, give_settings, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
 from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
@@ -64,6 +64,7 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
     record: Record
     optimizer: Any
     longest_first: bool = False
+    policy: TrainSection | None
     own_optimizer: TrainSection | None = None
     """Names an optimizer that transformers does not know."""
     head_rate: float | None = None
@@ -86,6 +87,9 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.policy is not None and self.policy.optimizer.startswith(("galore", "apollo")):
+            decayed = self.get_decay_parameter_names(self.model)
+            give_settings(optimizer, self.model, self.policy, decayed)
         for pattern, rate in self.layer_rates.items():
             _give_own_rate(optimizer, parameters_in(self.model, pattern), rate)
         if self.head_rate is not None:

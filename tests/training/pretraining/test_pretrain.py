@@ -93,6 +93,28 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(recipe, method, velora):
     """In mid-stream: the next window is the one that would have come."""
     more = {"lora": LORA} if method == "lora" else {}
     settings = {"method": method, "velora": velora, "train": {"accumulation": 2}, **more}
+    resumed_ends_as_whole(recipe, settings)
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+@pytest.mark.parametrize(
+    "optimizer", ["galore_adamw", "apollo_adamw", "flora", "adamw_bnb_8bit", "adamw_torch_fused"]
+)
+def test_optimizers_go_on_with_their_states(recipe, optimizer):
+    """GaLore's and APOLLO's hold objects besides tensors; one kind of layer is compressed."""
+    pytest.importorskip(
+        f"{optimizer.partition('_')[0]}_torch" if "_adamw" in optimizer else "torch"
+    )
+    if "bnb" in optimizer:
+        pytest.importorskip("bitsandbytes")
+    train = {"optimizer": optimizer}
+    if "adamw_" not in optimizer:
+        train["optimizer_settings"] = {"rank": 4, "update_proj_gap": 3}
+    compressed = {"sub_token_size": 4, "targets": ["down_proj"]}
+    resumed_ends_as_whole(recipe, {"velora": compressed, "train": train})
+
+
+def resumed_ends_as_whole(recipe, settings):
     whole = recipe("train.tokens=768", output="whole", **settings)
     go(whole)
     parted = recipe("train.tokens=768", output="parted", **settings)

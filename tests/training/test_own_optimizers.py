@@ -1,0 +1,147 @@
+"""What `optimizer: flora` of a recipe projects, and what GaLore and APOLLO take from a recipe."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("pydantic")
+pytest.importorskip("transformers")
+
+import transformers
+
+import velora_torch as velora
+from tests.training import tiny
+from velora_torch.training.assemble import assemble
+from velora_torch.training.own_optimizers import OptimizerError, check_optimizer, own_optimizer
+from velora_torch.training.recipe import load_recipe
+from velora_torch.training.sections import TrainSection
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=8, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=8,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def projected(model, **more):
+    train = section("flora", rank=4).model_copy(update=more)
+    name_of = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = own_optimizer(model, train, [])
+    of_groups = [
+        (group.get("rank"), name_of[id(p)])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    assert sorted(name for _, name in of_groups) == sorted(name_of.values())
+    return {name for rank, name in of_groups if rank == 4}
+
+
+@pytest.mark.parametrize(
+    ("make", "in_a_block"), [(llama, 7), (gpt2, 4)], ids=["linear", "GPT-2's Conv1D"]
+)
+def test_all_linear_layers_of_any_model(make, in_a_block):
+    model = make()
+    names = projected(model)
+    assert sum(".0." in name for name in names) == in_a_block
+    assert all(
+        name.endswith("weight") and "norm" not in name and "ln_" not in name for name in names
+    )
+    assert not any(
+        "embed" in name or "wte" in name or "wpe" in name for name in names - {"lm_head.weight"}
+    )
+
+
+def test_a_pattern_chooses():
+    assert projected(llama(), optimizer_targets=r".*\.1\..*v_proj") == {
+        "model.layers.1.self_attn.v_proj.weight"
+    }
+    assert len(projected(gpt2(), optimizer_targets=["c_fc"])) == 2
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(
+        OptimizerError,
+        match=r"'\.\*v_prj' matches none of the 15 linear layers .*q_proj, .*whole name",
+    ):
+        projected(llama(), optimizer_targets=".*v_prj")
+
+
+def test_compressed_layers_alone_leave_nothing_to_project():
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    velora.compress(model, velora.VeloraConfig(num_groups=4))
+    with pytest.raises(OptimizerError, match=re.escape("compressed ones train coefficients")):
+        projected(model)
+    model = llama()
+    velora.compress(model, velora.VeloraConfig(num_groups=4))
+    assert projected(model) == {"lm_head.weight"}
+
+
+# ------------------------------------------------------------------ GaLore, APOLLO
+
+
+@pytest.fixture
+def optimizer(tmp_path):
+    """Makes the optimizer of a tiny recipe."""
+
+    def _make(name, *overrides, **train):
+        pytest.importorskip(f"{name.partition('_')[0]}_torch")
+        model, rows = tiny.save_model(tmp_path / "model"), tiny.save_rows(tmp_path / "rows.jsonl")
+        train |= {"optimizer": name, "optimizer_settings": {"rank": 4, **train.pop("more", {})}}
+        written = tiny.recipe_dict(model, rows, tmp_path / "run", dtype="float32", train=train)
+        recipe = load_recipe(tiny.save_recipe(tmp_path / "recipe.yaml", written), overrides)
+        ready = assemble(recipe, lambda line: None)
+        return ready.model, ready.make_optimizer()
+
+    return _make
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+@pytest.mark.parametrize("velora", ["velora=null", "velora.targets=[down_proj]"])
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+def test_all_groups_have_the_settings_of_the_recipe(optimizer, name, velora):
+    train = {"betas": [0.8, 0.95], "eps": 1e-10, "weight_decay": 0.1}
+    model, made = optimizer(name, velora, **train)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    groups = [(group, name_of[id(p)]) for group in made.param_groups for p in group["params"]]
+    assert len(groups) == len(name_of) == len({name for _, name in groups})
+    for group, name in groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10), name
+        assert group["weight_decay"] == (0.0 if "norm" in name else 0.1), name
+        assert ("rank" in group) == (name.endswith("proj.weight") or name == "lm_head.weight"), name
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+def test_projected_weights_may_have_an_eps_of_their_own(optimizer):
+    _, made = optimizer("apollo_adamw", "velora=null", eps=1e-6, more={"eps": 1e-8})
+    assert {("rank" in group, group["eps"]) for group in made.param_groups} == {
+        (True, 1e-8),
+        (False, 1e-6),
+    }
+
+
+def test_settings_that_an_optimizer_does_not_have_are_refused():
+    """Transformers drops them."""
+    for name, known in (("galore_adamw", "proj_type"), ("apollo_adamw", "scale_type")):
+        with pytest.raises(OptimizerError, match=rf"{name} has no setting 'rnak'; .*{known}"):
+            check_optimizer(section(name, rnak=4))
+        check_optimizer(section(name, rank=4))
+    check_optimizer(section("adamw_torch", anything=4))
+    with pytest.raises(OptimizerError, match="flora needs rank"):
+        check_optimizer(section("flora", update_proj_gap=4))
+
+
+def section(optimizer, **settings):
+    return TrainSection(output="run", steps=1, optimizer=optimizer, optimizer_settings=settings)
