@@ -39,6 +39,8 @@ VARIANTS = (
     Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
     Variant("velora-all", "VeLoRA: all", "full"),
     Variant("velora-value-down-apollo", "VeLoRA: v, down, APOLLO on the rest", "full"),
+    Variant("galore-eps", "GaLore, eps of full training", "full"),
+    Variant("apollo-eps", "APOLLO, eps of full training", "full"),
     Variant("velora-value-down-signs", "VeLoRA: v, down, random signs", "full"),
     Variant("velora-not-qk-average", "VeLoRA: all but q, k, fixed average", "full"),
     Variant("velora-qk", "VeLoRA: q, k alone", "full"),
@@ -82,6 +84,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
     "velora-value-down-apollo": {"velora": _velora(VALUE_AND_DOWN)},
+    "galore-eps": {"velora": None},
+    "apollo-eps": {"velora": None},
     "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
     "velora-not-qk-average": {"velora": _velora(NOT_QUERY_AND_KEY)},
     "velora-qk": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
@@ -119,8 +123,16 @@ PROJECTING = {
     "apollo": "apollo_adamw",
     "flora": "flora",
     "velora-value-down-apollo": "apollo_adamw",
+    "galore-eps": "galore_adamw",
+    "apollo-eps": "apollo_adamw",
 }
 """Optimizers that keep the state of what is not compressed in a subspace, by variant."""
+PACKAGED_EPS: dict[str, dict[str, Any]] = {
+    "galore_adamw": {"eps": 1e-6},
+    "apollo_adamw": {"eps": 1e-6, "optimizer_settings": {"eps": 1e-8}},
+}
+"""Adam's eps where these optimizers come from (galore_torch, apollo_torch, and transformers for the
+weights that APOLLO projects); everything else has 1e-8, and so have they in variants with -eps."""
 RANK_SHARES = {"galore-eighth": 8, "galore-twelfth": 12}
 """The width over the rank; 4 is GaLore's: 128 of 512 (256 of 768 is a third). With an eighth its
 moments are as large as those of VeLoRA with M = 8, with a twelfth its whole state is, which has
@@ -152,7 +164,9 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "galore-eighth": 4e-3,
     "galore-twelfth": 4e-3,
     "apollo": 4e-3,
+    "apollo-eps": 4e-3,
     "velora-value-down-apollo": 4e-3,
+    "galore-eps": 2e-3,
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 2.5e-4,
@@ -203,11 +217,14 @@ def method(
             "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
         }
     elif variant in PROJECTING:
+        optimizer = PROJECTING[variant]
+        projected |= {"seed": seed} if optimizer == "flora" else {"scale": scale}
+        own = {} if variant.endswith("-eps") else PACKAGED_EPS.get(optimizer, {})
         train |= {
-            "optimizer": PROJECTING[variant],
+            "optimizer": optimizer,
             "optimizer_targets": ALL_LINEAR,
-            "optimizer_settings": projected
-            | ({"seed": seed} if variant == "flora" else {"scale": scale}),
+            **own,
+            "optimizer_settings": projected | own.get("optimizer_settings", {}),
         }
     return top, train
 
