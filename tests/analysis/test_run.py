@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 
@@ -215,7 +216,38 @@ def test_an_output_that_exists_is_refused(command, tmp_path):
 def test_an_output_that_cannot_be_made_is_refused(command, tmp_path):
     code, errors = command("--output", str(tmp_path / "rows.jsonl/deep/out"))
     assert code == 2
-    assert "rows.jsonl/deep/out: no folder can be made in" in errors
+    assert "rows.jsonl/deep/out: nothing can be written into" in errors
+
+
+def test_an_output_must_be_writable_itself(monkeypatch, tmp_path):
+    """Its parent need not be: a mounted folder is often all that may be written into."""
+    (tmp_path / "closed/own").mkdir(parents=True)
+    (tmp_path / "open/closed").mkdir(parents=True)
+    closed = {tmp_path / "closed", tmp_path / "open/closed"}
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed)
+    recipe = load_recipe(
+        tiny.save_recipe(tmp_path / "r.yaml", tiny.recipe_dict("no-model", "r.jsonl", "run"))
+    )
+    Request(tmp_path / "closed/own").check(recipe)
+    with pytest.raises(AnalysisError, match=r"nothing can be written into .*open/closed"):
+        Request(tmp_path / "open/closed").check(recipe)
+
+
+def test_gradients_that_are_zero_are_said(tmp_path):
+    """Those of LoRA's A before the first update."""
+    pytest.importorskip("peft")
+    model, rows = tiny.save_model(tmp_path / "model"), tiny.save_rows(tmp_path / "rows.jsonl")
+    written = tiny.recipe_dict(model, rows, tmp_path / "run", dtype="float32", method="lora")
+    recipe = load_recipe(tiny.save_recipe(tmp_path / "recipe.yaml", written))
+    said = []
+    analysis = analyze(recipe, Request(tmp_path / "out", (0, 1), (4,), 16), said.append)
+    line = "At step 0 the gradients of 14 of 14 layers are zero"
+    assert sum(line in each for each in said) == 1
+    assert line in (tmp_path / "out/analysis.md").read_text()
+    assert not any("At step 1" in each for each in said)
+    defined = {(p.step, math.isfinite(p.cosine)) for p in analysis.projections}
+    assert defined == {(0, False), (1, True)}
+    assert {(s.step, math.isfinite(s.sparsity)) for s in analysis.samples} == defined
 
 
 def test_more_steps_than_the_epochs_have(tmp_path):

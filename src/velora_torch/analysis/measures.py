@@ -120,7 +120,7 @@ class ExactGradient:
     entries: int
     """O * D."""
     sparsity: float
-    """Share of its entries below `negligible`."""
+    """Share of its entries below `negligible`. NaN for a zero gradient."""
 
     @property
     def negligible(self) -> float:
@@ -133,7 +133,7 @@ def exact_gradient(dY_TO: Tensor, x_TD: Tensor) -> ExactGradient:
     dW_OD = dY_TO.double().T @ x_TD.double()
     norm, entries = float(dW_OD.norm()), dW_OD.numel()
     below = dW_OD.abs() < NEGLIGIBLE * norm / math.sqrt(entries)
-    return ExactGradient(norm, entries, float(below.double().mean()) if norm else 1.0)
+    return ExactGradient(norm, entries, float(below.double().mean()) if norm else math.nan)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Kept:
     """‖dW - dW_hat‖ / ‖dW‖, for scale 1: the share of the gradient that vanishes, as a length."""
     sparsity: float
     """Share of the O * D entries of the compressed gradient that nearly vanish, measured on the
-    same scale as `ExactGradient.sparsity`."""
+    same scale as `ExactGradient.sparsity`. NaN for a zero gradient."""
 
 
 def gradient_kept(exact: ExactGradient, dY_TO: Tensor, z_TG: Tensor, v_GM: Tensor) -> Kept:
@@ -160,7 +160,7 @@ def gradient_kept(exact: ExactGradient, dY_TO: Tensor, z_TG: Tensor, v_GM: Tenso
     """
     C_OG = dY_TO.double().T @ z_TG.double()
     if exact.norm == 0:
-        return Kept(math.nan, math.nan, 1.0)
+        return Kept(math.nan, math.nan, math.nan)
     cosine = float(C_OG.norm()) / exact.norm
     if cosine < 1e-12:  # nothing but rounding: v is orthogonal to the gradient
         cosine = 0.0

@@ -44,7 +44,7 @@ class Sample:
     sampled: int
     """Tokens that everything was computed from."""
     sparsity: float
-    """Share of the exact weight gradient's entries that nearly vanish."""
+    """Share of the exact weight gradient's entries that nearly vanish. NaN: all are zero."""
 
 
 @dataclass

@@ -22,6 +22,7 @@ from velora_torch.analysis.layers import Layers, layers_of
 from velora_torch.analysis.results import Analysis, LayerInfo, write_analysis
 from velora_torch.analysis.rows import Table
 from velora_torch.analysis.similarity import THRESHOLDS
+from velora_torch.analysis.summary import markdown, without_gradients
 from velora_torch.atomic import write_whole
 from velora_torch.report.environment import machine_info, version_info
 from velora_torch.report.quantities import format_seconds
@@ -69,9 +70,10 @@ class Request:
             self.check_length(steps)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise AnalysisError(f"{self.output} is there already; choose another with --output")
-        parent = next(path for path in self.output.absolute().parents if path.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise AnalysisError(f"{self.output}: no folder can be made in {parent}")
+        out = self.output.absolute()
+        place = next(path for path in (out, *out.parents) if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise AnalysisError(f"{self.output}: nothing can be written into {place}")
         if recipe.method == "coefficients":
             raise AnalysisError(
                 "method: coefficients trains nothing without compression, and an analysis trains "
@@ -156,7 +158,6 @@ def _analyze(recipe: Recipe, request: Request, say: Say) -> Analysis:
 def write(analysis: Analysis, folder: Path) -> None:
     """Write analysis.json, the plots, and analysis.md last."""
     from velora_torch.analysis.plots import draw_all
-    from velora_torch.analysis.summary import markdown
 
     folder.mkdir(parents=True, exist_ok=True)
     write_analysis(analysis, folder / JSON)
@@ -235,6 +236,8 @@ def _measure(recipe: Recipe, trained: Recipe, request: Request, say: Say) -> _Me
         if step in request.steps:
             measured = sum(sample.step == step for sample in table.samples)
             say(f"step {step}: {measured} layers measured, {format_seconds(clock())}")
+            if zero := without_gradients(table.samples, step):
+                say(zero)
 
     begun = time.perf_counter()
 

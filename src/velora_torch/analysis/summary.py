@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from velora_torch.analysis.choices import Choice
-from velora_torch.analysis.results import Analysis, Projection, choices_of
+from velora_torch.analysis.results import Analysis, Projection, Sample, choices_of
 from velora_torch.analysis.rows import mean
 
 COLUMNS = {  # field of Projection -> heading
@@ -48,7 +48,9 @@ def markdown(analysis: Analysis, pictures: Sequence[str]) -> str:
         analysis: what to tell.
         pictures: files that lie beside the page.
     """
-    parts = [_head(analysis), *(f"![{_alt(name)}]({name})" for name in pictures)]
+    without = [without_gradients(analysis.samples, step) for step in analysis.steps]
+    parts = [_head(analysis), *filter(None, without)]
+    parts += [f"![{_alt(name)}]({name})" for name in pictures]
     groups, step = middle(analysis), analysis.steps[-1]
     rows = [row for row in analysis.projections if (row.groups, row.step) == (groups, step)]
     parts.append(f"## Choices of v: {groups} groups, step {step}, mean of the layers")
@@ -64,6 +66,19 @@ def markdown(analysis: Analysis, pictures: Sequence[str]) -> str:
         parts.append("## Left out")
         parts.append(_skipped(analysis.skipped))
     return "\n\n".join(parts) + "\n"
+
+
+def without_gradients(samples: Sequence[Sample], step: int) -> str:
+    """A sentence on the layers whose gradients in a step are all zero; "" where there are none."""
+    own = [sample for sample in samples if sample.step == step]
+    zero = sum(math.isnan(sample.sparsity) for sample in own)
+    if not zero:
+        return ""
+    return (
+        f"At step {step} the gradients of {zero} of {len(own)} layers are zero (in LoRA those of A "
+        "are before the first update), so they have no cosine, no error and no sparsity: measure "
+        f"a later step too, such as --steps {step},{step + 10}."
+    )
 
 
 def _head(analysis: Analysis) -> str:
