@@ -55,6 +55,16 @@ def install_folder(target: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def keep_folder(target: Path, file: str, build: Callable[[Path], None]) -> None:
+    """Make a folder as `install_folder` does, unless it is there with the file that it needs.
+
+    One that has lost the file is made anew.
+    """
+    if not (target / file).is_file():
+        shutil.rmtree(target, ignore_errors=True)
+        install_folder(target, build)
+
+
 def sync_folder(folder: Path) -> None:
     """Return when everything in a folder is on the disk: its files, and their names."""
     for parent, _, names in os.walk(folder):

@@ -7,15 +7,17 @@ import gc
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from velora_torch.model import compressed_layers
 from velora_torch.overview import summary
 from velora_torch.report.environment import machine_info, version_info
 from velora_torch.report.results import (
+    Evaluation,
+    HistoryPoint,
     ModelInfo,
     Quality,
     Results,
@@ -33,6 +35,7 @@ from velora_torch.training.recipe import Recipe
 from velora_torch.training.saving import save_final
 
 Say = Callable[[str], None]
+Point = TypeVar("Point", HistoryPoint, Evaluation)
 
 
 @dataclass
@@ -98,6 +101,11 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     with processes.first_alone():
         tokenizer, data = prepare_data(recipe, say)
     say(describe_data(data))
+    former = _former_results(folder, checkpoint)
+    if former is not None and data.format == "tokens":
+        from velora_torch.training.pretraining.prepare import check_same_windows
+
+        check_same_windows(former.run.data, data.stats)
     prediction = None
     if recipe.memory_budget is not None:
         recipe, prediction = budget.fit(recipe, data, say, options.strategy)
@@ -108,7 +116,6 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
         from velora_torch.integrations.tensor_parallel import check_plan
 
         check_plan(model, options.tensor_parallel)
-    former = _former_results(folder, checkpoint)
     before = None if former is None else former.before
     prediction = prediction or (None if former is None else former.prediction)
     if recipe.evaluate.before and checkpoint is None:
@@ -141,8 +148,10 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     def keep(trainer: Any) -> None:
         """Bring the results up to now, so that a run that is killed has them."""
         results.run.seconds = time.perf_counter() - start
-        results.history = [*(former.history if former else []), *record.history]
-        results.evaluations = [*(former.evaluations if former else []), *record.evaluations]
+        results.history, results.evaluations = record.history, record.evaluations
+        if former is not None:
+            results.history = [*former.history, *_later(former, record.history)]
+            results.evaluations = [*former.evaluations, *_later(former, record.evaluations)]
         results.notes = trainer.safety_notes()
         if processes.is_first():
             write_results(results, folder.results)
@@ -183,6 +192,13 @@ def _former_results(folder: RunFolder, checkpoint: Path | None) -> Results | Non
     former.history = [point for point in former.history if point.step <= last]
     former.evaluations = [point for point in former.evaluations if point.step <= last]
     return former
+
+
+def _later(former: Results, points: list[Point]) -> list[Point]:
+    """What a resumed run has seen, its seconds counted on from those of its former part."""
+    known = [p.seconds for p in former.history] + [p.seconds for p in former.evaluations]
+    passed = max((seconds or 0.0 for seconds in known), default=0.0)
+    return [replace(p, seconds=passed + (p.seconds or 0.0)) for p in points]
 
 
 def describe_data(data: PreparedData) -> str:

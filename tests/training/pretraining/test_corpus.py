@@ -114,6 +114,25 @@ def test_a_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     assert all(len(part) < 10_000 for part in parts)
 
 
+@pytest.mark.parametrize("between", ["\n", " "], ids=["no blank line", "one line"])
+def test_a_text_without_blank_lines_is_cut_too(tmp_path, between):
+    path = tmp_path / "text8.txt"
+    whole = between.join(DOCUMENTS * 5)
+    path.write_text(whole, encoding="utf-8")
+    parts = read(path, eval_fraction=0.0)
+    assert len(parts) > 3
+    assert "".join(parts) == whole
+    assert all(len(part) <= 3 * 8192 and part[-1] == between for part in parts[:-1])
+
+
+def test_a_line_without_spaces_is_cut_anywhere(tmp_path):
+    path = tmp_path / "genome.txt"
+    path.write_text("acgt" * 20_000)
+    parts = read(path, eval_fraction=0.0)
+    assert "".join(parts) == "acgt" * 20_000
+    assert 1 < len(parts) < 10
+
+
 def test_the_column_can_be_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"id": 1, "body": text}) + "\n" for text in DOCUMENTS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,59 @@ def test_the_order_of_windows_does_not_depend_on_the_method(recipe):
         assert torch.equal(plain[index]["input_ids"], lora[index]["input_ids"])
 
 
+def test_other_recipes_in_the_cache_do_not_move_the_windows(recipe):
+    """A file of the whole text, say, which an earlier run with epochs has left."""
+
+    def order():
+        data = assemble(recipe("train.tokens=640", velora=None), lambda line: None).data
+        return [row["input_ids"].tolist() for row in data.train], data.stats["digests"]
+
+    first = order()
+    whole = recipe("train.epochs=1", velora=None, train={"tokens": None})
+    assert len(assemble(whole, lambda line: None).data.train) > 10
+    assert order() == first
+
+
+def test_a_run_is_not_resumed_on_other_windows(recipe, tmp_path):
+    corpus = texts.save_jsonl(tmp_path / "grows.jsonl", texts.documents(600))
+
+    def made(*overrides):
+        return recipe("train.tokens=768", *overrides, data={"train": str(corpus)}, velora=None)
+
+    def interrupt(line):
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    go(made(), interrupt)
+    for overrides, message in (
+        (["data.max_length=32"], r"data\.max_length has changed \(16 -> 32\)"),
+        (["train.seed=1"], r"train\.seed has changed \(0 -> 1\)"),
+        (["train.batch_size=8"], r"tokens of a step .* has changed \(64 -> 128\)"),
+        (["train.tokens=60k"], r"or the budget .* has changed"),
+    ):
+        with pytest.raises(DataError, match=message):
+            go(made(*overrides), resume=True)
+    before = corpus.read_text()
+    texts.save_jsonl(corpus, texts.documents(700))
+    with pytest.raises(DataError, match="the text, the vocabulary that was trained on it"):
+        go(made(), resume=True)
+    corpus.write_text(before)
+    results = go(made("train.batch_size=2", "train.accumulation=2"), resume=True)
+    assert results.run.status == "finished"
+    seconds = [point.seconds for point in results.history]
+    assert seconds == sorted(seconds)  # counted on from those of the former part
+    assert [point.step for point in results.history] == list(range(1, 13))
+
+
+def test_a_token_file_that_has_lost_its_description_is_made_anew(recipe):
+    first = assemble(recipe(velora=None), lambda line: None).data.stats["digests"]
+    found = list(Path(os.environ["VELORA_CACHE"], "tokens").rglob("about.json"))
+    assert found
+    for file in found:
+        file.unlink()
+    assert assemble(recipe(velora=None), lambda line: None).data.stats["digests"] == first
+
+
 def test_lora_trains_what_it_does_not_adapt_and_is_merged(recipe, tmp_path):
     made = recipe(method="lora", lora=LORA)
     model = assemble(made, lambda line: None).model
@@ -265,6 +319,14 @@ def test_sources_are_checked_before_anything_is_read(recipe, tmp_path, monkeypat
         check_sources(recipe("train.steps=1", data={"max_length": 256}))
     with pytest.raises(DataError, match="no such file"):
         check_sources(recipe(data={"train": str(tmp_path / "none.jsonl")}))
+    with pytest.raises(DataError, match=r"corpus\.jsonl has no splits, which hub data sets have"):
+        check_sources(recipe("data.eval_split=validation"))
+    made = recipe()
+    made.data.eval = made.data.train
+    with pytest.raises(DataError, match="the text to train on would be held out"):
+        check_sources(made)
+    with pytest.raises(DataError, match="0 holds out no document"):
+        check_sources(recipe(data={"eval_fraction": 0.0}))
     with pytest.raises(AssetError, match="no model folder"):
         check_sources(recipe("tokenizer.source=./none"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -55,7 +55,6 @@ def test_the_file_is_all_documents_each_ended(tokenizer, file):
     assert len(ends) == file.documents == len(DOCUMENTS)
     parts = np.split(ids, ends + 1)
     assert [tokenizer.decode(part[:-1].tolist()) for part in parts[:-1]] == DOCUMENTS
-    assert file.whole
 
 
 def test_a_limit_stops_the_reading(tokenizer, tmp_path, monkeypatch):
@@ -70,7 +69,6 @@ def test_a_limit_stops_the_reading(tokenizer, tmp_path, monkeypatch):
     short = tokenise(source, tokenizer, tmp_path / "short", 500, lambda line: None)
     assert len(short) >= 500
     assert len(read) < len(DOCUMENTS)
-    assert not short.whole
 
 
 def test_a_file_is_made_once(tokenizer, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,8 @@ Side = Literal["train", "eval"]
 BLOCK = 1 << 26
 """Characters that are shuffled at a time; a longer text is shuffled block by block."""
 SECTION = 8192
-"""Characters after which a plain text file may be cut into documents, at the next blank line."""
+"""Characters after which a plain text file may be cut into documents, at the next blank line; after
+twice as many at the end of a line, and a line that is longer at a space."""
 
 
 def check_corpus(name: str) -> None:
@@ -69,7 +70,9 @@ def documents(data: DataSection, side: Side) -> Iterator[str]:
     found = islice(_all(data, side), limit)
     first = next(found, None)
     if first is None:
-        what = "to train on" if side == "train" else "held out; raise data.eval_fraction"
+        what = "to train on; lower data.eval_fraction"
+        if side == "eval":
+            what = "held out; raise data.eval_fraction, or name other text with data.eval"
         raise DataError(f"{data.train}: no document is {what}")
     yield first
     yield from found
@@ -171,13 +174,13 @@ def _file(data: DataSection, path: Path) -> Iterator[str]:
 
 
 def _sections(path: Path) -> Iterator[str]:
-    """A text in documents of `SECTION` characters and a little more, cut at blank lines."""
+    """A text in documents of `SECTION` characters and a little more, cut where it can be."""
     part: list[str] = []
     size = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                if size >= SECTION and not line.strip():
+            for line in chain.from_iterable(map(_pieces, file)):
+                if size >= (SECTION if not line.strip() else 2 * SECTION):
                     yield "".join(part)
                     part, size = [], 0
                 part.append(line)
@@ -187,6 +190,16 @@ def _sections(path: Path) -> Iterator[str]:
             f"{path}: is not UTF-8 text (byte {error.object[error.start]:#04x})"
         ) from None
     yield "".join(part)
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line, or the parts of a very long one, each ended by a space if it has one."""
+    start = 0
+    while len(line) - start > 2 * SECTION:
+        end = line.rfind(" ", start + SECTION // 2, start + SECTION) + 1 or start + SECTION
+        yield line[start:end]
+        start = end
+    yield line[start:]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

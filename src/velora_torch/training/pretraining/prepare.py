@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from velora_torch.training import processes
 from velora_torch.training.assets import cache_folder
 from velora_torch.training.data import PreparedData
+from velora_torch.training.packaged.manuals import MANUALS
 from velora_torch.training.pretraining.architecture import configuration, for_tokenizer
 from velora_torch.training.pretraining.corpus import check_corpus, documents, identity
 from velora_torch.training.pretraining.tokenizer import check_tokenizer, make_tokenizer
@@ -19,7 +21,8 @@ from velora_torch.training.pretraining.tokens import (
     tokenise,
 )
 from velora_torch.training.schema import Recipe
-from velora_torch.training.sources import DataError
+from velora_torch.training.sections import DataSection
+from velora_torch.training.sources import DataError, kind_of
 
 HELD_OUT_TOKENS = 10_000_000
 """No more held-out text is read, as in GaLore's evaluation on C4."""
@@ -34,10 +37,34 @@ def check_pretraining(recipe: Recipe) -> None:
         AssetError, DataError: something is not there, or does not fit.
     """
     configuration(recipe)
-    for name in (recipe.data.train, recipe.data.eval):
+    data = recipe.data
+    for name in (data.train, data.eval):
         if name is not None:
             check_corpus(name)
+    _check_held_out(data)
     check_tokenizer(recipe)
+
+
+def _check_held_out(data: DataSection) -> None:
+    source, hint = data.eval or data.train, "and data.eval_fraction of the documents are held out"
+    has_splits = source not in MANUALS and kind_of(source) == "hub"
+    if data.eval_split is not None and not has_splits:
+        raise DataError(
+            f"data.eval_split: {source} has no splits, which hub data sets have; name other text "
+            f"with data.eval, or leave it out, {hint}"
+        )
+    if data.eval is None and data.eval_split is None:
+        if data.eval_fraction == 0:
+            raise DataError(
+                "data.eval_fraction: 0 holds out no document, and pre-training measures "
+                "perplexity on held-out ones; set a share such as 0.01, or name other text with "
+                "data.eval"
+            )
+    elif source == data.train and (data.eval_split or data.train_split) == data.train_split:
+        raise DataError(
+            f"{source}: the text to train on would be held out; name other text with data.eval, "
+            f"or leave data.eval and data.eval_split out, {hint}"
+        )
 
 
 def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
@@ -55,9 +82,14 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
     tokenizer = make_tokenizer(recipe, say)
     data, length = recipe.data, recipe.data.max_length
     budget = recipe.token_budget()
+    held = _file(recipe, tokenizer, "eval", _held_out_limit(recipe), say)  # soon read, if all fits
     train = _file(recipe, tokenizer, "train", budget, say)
-    held = _file(recipe, tokenizer, "eval", _held_out_limit(recipe), say)
-    count = None
+    if train.digest == held.digest:
+        raise DataError(
+            f"{data.train}: the text that is held out is the text to train on; name another with "
+            "data.eval, or leave it out, and data.eval_fraction of the documents are held out"
+        )
+    count, step = None, recipe.train.batch_size * recipe.train.accumulation * length
     if budget is not None:
         count = budget // length
     elif recipe.train.epochs is not None:
@@ -78,6 +110,8 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
         "passes": len(windows) / windows.windows,
         "vocabulary": len(tokenizer),
         "longest": length,
+        "order": recipe.train.seed,
+        "step_tokens": step * processes.count(),
         "mean_length": float(length),
     }
     return tokenizer, PreparedData(
@@ -88,6 +122,37 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
         stats=stats,
         configuration=for_tokenizer(config, tokenizer),
     )
+
+
+def check_same_windows(former: dict[str, Any], now: dict[str, Any]) -> None:
+    """See that a resumed run goes on in the windows in which it began.
+
+    Args:
+        former: `stats` of the data that it was started with.
+        now: those of the data that it would go on with.
+
+    Raises:
+        DataError: text, vocabulary, budget, or what a step takes of them has changed.
+    """
+    text = (
+        "the text, the vocabulary that was trained on it, or the budget (train.tokens, train.steps)"
+    )
+    compared = {
+        text: (former["digests"]["train"], now["digests"]["train"]),
+        "data.max_length": (former["longest"], now["longest"]),
+        "train.seed": (former.get("order"), now["order"]),
+        "the tokens of a step (batch_size x accumulation x max_length x processes)": (
+            former.get("step_tokens"),
+            now["step_tokens"],
+        ),
+    }
+    for what, (before, after) in compared.items():
+        if before is not None and before != after:  # older runs do not say all
+            raise DataError(
+                f"the run cannot be resumed on other windows of text than it began with: {what} "
+                f"has changed ({before} -> {after}). Set it back, or begin another run with "
+                "train.output=..."
+            )
 
 
 def _held_out_limit(recipe: Recipe) -> int:
@@ -101,11 +166,10 @@ def _file(recipe: Recipe, tokenizer: Any, side: Any, limit: int | None, say: Say
     vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     end = tokenizer.eos_token_id
     parts = {"corpus": identity(data), "side": side, "vocabulary": vocabulary, "end": end}
-    whole = cache_folder() / "tokens" / f"{side}-{key_of(**parts, limit=None)}"
-    if limit is not None and not whole.is_dir():  # a file of the whole corpus serves all budgets
-        whole = cache_folder() / "tokens" / f"{side}-{key_of(**parts, limit=limit)}"
+    # A budget always has its own file, since windows are ordered over all that a file holds.
+    place = cache_folder() / "tokens" / f"{side}-{key_of(**parts, limit=limit)}"
     say(f"reading {data.train if side == 'train' or data.eval is None else data.eval}: {side}")
-    found = tokenise(lambda: documents(data, side), tokenizer, whole, limit, say)
+    found = tokenise(lambda: documents(data, side), tokenizer, place, limit, say)
     if len(found) < data.max_length:
         what = "to train on" if side == "train" else "held out (data.eval_fraction)"
         raise DataError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from velora_torch.atomic import install_folder
+from velora_torch.atomic import keep_folder
 from velora_torch.remote_code import explain, trust
 from velora_torch.training.assets import (
     AssetError,
@@ -65,13 +65,12 @@ def make_tokenizer(recipe: Recipe, say: Callable[[str], None]) -> Any:
     key = {"corpus": identity(recipe.data), "vocab_size": size}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "tokenizers" / f"bpe-{size}-{digest}"
-    if not (folder / "tokenizer.json").is_file():
+
+    def build(work: Path) -> None:
         say(f"training a vocabulary of {size:,} on {recipe.data.train}")
+        train_bpe(_beginning(documents(recipe.data, "train")), size, work)
 
-        def build(work: Path) -> None:
-            train_bpe(_beginning(documents(recipe.data, "train")), size, work)
-
-        install_folder(folder, build)
+    keep_folder(folder, "tokenizer.json", build)
     return AutoTokenizer.from_pretrained(folder)
 
 

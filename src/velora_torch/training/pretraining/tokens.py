@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from velora_torch.atomic import install_folder
+from velora_torch.atomic import keep_folder
 from velora_torch.training.sources import DataError
 
 FILE, ABOUT = "tokens.bin", "about.json"
@@ -32,8 +32,6 @@ class TokenFile:
     def __init__(self, folder: Path) -> None:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         self.documents: int = about["documents"]
-        self.whole: bool = about["whole"]
-        """Whether the corpus ended before the limit did."""
         self.digest: str = about["digest"]
         """Of the tokens, so that runs on other text are told apart."""
         path = folder / FILE
@@ -65,8 +63,7 @@ def tokenise(
         limit: tokens after which no further document is read; None reads all.
         say: shows a line now and then.
     """
-    if not (folder / ABOUT).is_file():
-        install_folder(folder, lambda work: _write(texts(), tokenizer, work, limit, say))
+    keep_folder(folder, ABOUT, lambda work: _write(texts(), tokenizer, work, limit, say))
     return TokenFile(folder)
 
 
@@ -80,7 +77,7 @@ def _write(
     kind = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     end = tokenizer.eos_token_id
     count = documents = 0
-    told, whole = 10_000_000, True
+    told = 10_000_000
     digest = hashlib.sha256()
     with (folder / FILE).open("wb") as file:
         source = iter(texts)
@@ -96,13 +93,11 @@ def _write(
                 say(f"{count / 1e6:,.0f} million tokens")
                 told += 10_000_000
             if limit is not None and count >= limit:
-                whole = False
                 break
     about = {
         "tokens": count,
         "documents": documents,
         "dtype": kind.name,
-        "whole": whole,
         "digest": digest.hexdigest()[:16],
     }
     (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
