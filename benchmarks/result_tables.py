@@ -175,16 +175,15 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
     """All methods on one model, with what a step holds; of a longer scale, with tokens to match."""
     own, body = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale]), []
     lines = lines_of(own, task)
-    first = lines[0].step
+    timed = lines[0].step is not None
     tokens = _tokens_to_match(own.rows, task) if scale != SCALE else None
     for line in lines:
         sizes = (*line.memory.values(), line.peak)
-        if line.step is None or first is None:
-            step = ""
-        elif line is lines[0]:
-            step = format_seconds(first.median)
-        else:
-            step = format_ratio(line.step.median / first.median)
+        step = ""
+        if line is lines[0] and line.step is not None:
+            step = format_seconds(line.step.median)
+        elif line.ratio is not None:
+            step = format_ratio(line.ratio)
         cells = [
             line.variant.label,
             str(sum(row.task == task and row.variant == line.variant.name for row in own.rows)),
@@ -195,10 +194,10 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
         if tokens is not None:
             assert line.perplexity is not None
             cells.insert(4, f"{tokens(line.perplexity.mean) / 1e6:.1f}M")
-        body.append([*cells, step] if first else cells)
+        body.append([*cells, step] if timed else cells)
     header = ["method", "seeds", "perplexity", "% against full"]
     header += ["full training needs", *CATEGORIES.values()] if tokens else CATEGORIES.values()
-    header += ["peak of a step", *(["step"] if first else [])]
+    header += ["peak of a step", *(["step"] if timed else [])]
     return markdown_grid(header, body)
 
 

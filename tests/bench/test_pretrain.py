@@ -11,6 +11,7 @@ from velora_torch.bench.grid import Cell, Finished, Row, cells
 from velora_torch.bench.pretrain import protocol
 from velora_torch.bench.pretrain.measure import peak_bytes
 from velora_torch.bench.pretrain.table import lines_of, report
+from velora_torch.bench.timing import StepTime
 from velora_torch.training.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -56,6 +57,28 @@ def test_the_long_scale_has_more_tokens_and_nothing_else():
         assert long["train"].pop("tokens") == 4 * short["train"].pop("tokens")
         assert long["train"].pop("eval_every") == 4 * short["train"].pop("eval_every")
         assert long == short
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks"), [("llama-60m", (128, 64, 42)), ("llama-130m", (256, 96, 64))]
+)
+def test_galore_has_its_published_settings(model, ranks):
+    """Its ranks of 512 and 768; a smaller rank has no other rate or scale."""
+    for name, rank in zip(("galore", "galore-eighth", "galore-twelfth"), ranks, strict=True):
+        train = protocol.paper_recipe(model, name, 0)["train"]
+        assert (train["learning_rate"], train["eps"]) == (1e-2, 1e-6)
+        assert train["optimizer_settings"] == {"rank": rank, "update_proj_gap": 200, "scale": 0.25}
+    assert protocol.paper_recipe(model, "lora", 0)["lora"]["r"] == ranks[0]
+
+
+def test_what_has_another_eps_says_so():
+    """GaLore and APOLLO have that of their packages, and full training's in two variants."""
+    for name in NAMES:
+        train = protocol.local_recipe("llama-3m", name, 0)["train"]
+        packaged = train["optimizer"].startswith(("galore", "apollo")) and "-eps" not in name
+        assert train.get("eps", 1e-8) == (1e-6 if packaged else 1e-8), name
+        own = train.get("optimizer_settings", {}).get("eps")
+        assert own == (1e-8 if packaged and "apollo" in name else None), name
 
 
 def test_all_methods_see_the_same_windows_model_and_schedule(sources):
@@ -144,6 +167,47 @@ def test_the_report_has_a_table_and_its_plots(finished, tmp_path):
         assert f"({name}.png)" in text
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000
     assert "llama-3m_time" not in text  # nothing was timed
+
+
+def test_times_of_one_session_are_compared(finished):
+    """The machine was twice as slow in a later session that timed one variant alone."""
+    times = finished.times
+    times += [
+        timed("full", "2026", 0.2),
+        timed("velora-all", "2026", 0.16),
+        timed("velora-all", "2027", 0.32),
+    ]
+    full, ours = lines_of(finished, "llama-3m")
+    assert (full.ratio, ours.ratio) == (1.0, pytest.approx(0.8))
+    assert ours.step.median == 0.16
+    tokens = 16 * 128
+    assert ours.tokens_per_second == pytest.approx(tokens / 0.16)
+    times += [timed("full", "2028", 0.5)]  # the ratio stays, seconds are of one session
+    full, ours = lines_of(finished, "llama-3m")
+    assert full.train_seconds == pytest.approx(2e6 / tokens * 0.5)
+    assert ours.train_seconds == pytest.approx(2e6 / tokens * 0.4)
+    times[:] = [timed("velora-all", "2027", 0.32)]
+    _, ours = lines_of(finished, "llama-3m")
+    assert (ours.ratio, ours.step.median) == (None, 0.32)
+
+
+def timed(variant, session, median):
+    return StepTime(
+        "pretrain",
+        "local",
+        "llama-3m",
+        variant,
+        "x",
+        session,
+        median=median,
+        low=median,
+        high=median,
+        rounds=1,
+        ratio=1.0,
+        threads=2,
+        machine={},
+        versions={},
+    )
 
 
 def test_rows_of_different_text_are_told_apart(finished, tmp_path):

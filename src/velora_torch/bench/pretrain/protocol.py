@@ -134,7 +134,7 @@ PACKAGED_EPS: dict[str, dict[str, Any]] = {
 """Adam's eps where these optimizers come from (galore_torch, apollo_torch, and transformers for the
 weights that APOLLO projects); everything else has 1e-8, and so have they in variants with -eps."""
 RANK_SHARES = {"galore-eighth": 8, "galore-twelfth": 12}
-"""The width over the rank; 4 is GaLore's: 128 of 512 (256 of 768 is a third). With an eighth its
+"""The width over the rank; 4 is GaLore's for its smallest model: 128 of 512. With an eighth its
 moments are as large as those of VeLoRA with M = 8, with a twelfth its whole state is, which has
 projections besides."""
 WIDTHS = {"llama-3m": 256, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
@@ -192,13 +192,21 @@ LOCAL_RATES = {
 
 
 def method(
-    variant: str, model: str, seed: int, rates: Rates, scale: float = 1.0
+    variant: str,
+    model: str,
+    seed: int,
+    rates: Rates,
+    scale: float = 1.0,
+    own_rank: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a variant: those of the recipe's top level, and those of `train`.
 
-    `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers.
+    `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers. `own_rank` is
+    that of variants without one of `RANK_SHARES`; None: a quarter of the width.
     """
     rank = WIDTHS[model] // RANK_SHARES.get(variant, 4)
+    if own_rank is not None and variant not in RANK_SHARES:
+        rank = own_rank
     top: dict[str, Any] = {"method": "full", **with_seed(METHODS[without_additions(variant)], seed)}
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
@@ -273,14 +281,21 @@ def long_recipe(task: str, variant: str, seed: int, rates: Rates | None = None) 
 
 PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, which T4 takes
 PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
-PAPER_RATES = dict.fromkeys(("galore", "apollo", "velora-paper", "velora-value-down-apollo"), 1e-2)
+PAPER_RANKS = {"llama-60m": 128, "llama-130m": 256}
+"""GaLore's, of the variants that have no share of the width of their own."""
+PAPER_RATES = {
+    name: 1e-2
+    for name in METHODS
+    if name.startswith(("galore", "apollo")) or name in ("velora-paper", "velora-value-down-apollo")
+}
 """Their own; others have 1e-3."""
 
 
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
     rates = Rates(PAPER_RATES.get(variant, 1e-3))
-    top, train = method(variant, task, seed, rates, scale=0.25 if variant == "galore" else 1.0)
+    scale = 0.25 if variant.startswith("galore") else 1.0
+    top, train = method(variant, task, seed, rates, scale, PAPER_RANKS[task])
     return {
         **top,
         "task": "pretrain",

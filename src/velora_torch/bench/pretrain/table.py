@@ -36,10 +36,13 @@ class Line:
     """The largest moment of a step, in bytes."""
     tokens_per_second: float | None
     step: StepTime | None
+    """Of the newest session that has timed the variant it is compared with too, if there is one."""
+    ratio: float | None
+    """Of the step over that of the other variant, in that session."""
     curve: list[tuple[float, float]]
     """(tokens, perplexity), means over seeds."""
     train_seconds: float | None
-    """Steps times the median time of one, so that all methods were timed on an idle machine."""
+    """Steps times the time of one: the ratio times the newest median of the other variant's."""
 
 
 def lines_of(finished: Finished, task: str) -> list[Line]:
@@ -52,8 +55,7 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
         own = by_variant[variant.name]
         if not own:
             continue
-        step = newest_with([t for t in finished.times if t.task == task], [variant.name])
-        timed = step.get(variant.name)
+        step, ratio, seconds = _timed(finished, task, variant)
         first = own[0]
         tokens = first.details["tokens"]
         per_step = _step_tokens(first)
@@ -68,13 +70,28 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
                 _relative(own, by_variant.get(variant.base or "", [])),
                 {name: _mean_memory(own, name) for name in CATEGORIES},
                 _mean(own, lambda row: row.details.get("peak_bytes")),
-                None if timed is None else per_step / timed.median,
-                timed,
+                None if seconds is None else per_step / seconds,
+                step,
+                ratio,
                 _curve(own),
-                None if timed is None else tokens / per_step * timed.median,
+                None if seconds is None else tokens / per_step * seconds,
             )
         )
     return lines
+
+
+def _timed(
+    finished: Finished, task: str, variant: Variant
+) -> tuple[StepTime | None, float | None, float | None]:
+    """A variant's step, its ratio, and its seconds; sessions differ in more than their variants."""
+    times = [one for one in finished.times if one.task == task]
+    base = variant.base or variant.name
+    both = newest_with(times, [variant.name, base])
+    if not both:
+        alone = newest_with(times, [variant.name]).get(variant.name)
+        return alone, None, None if alone is None else alone.median
+    ratio = both[variant.name].median / both[base].median
+    return both[variant.name], ratio, ratio * newest_with(times, [base])[base].median
 
 
 def report(finished: Finished, output: Path) -> str:
@@ -121,7 +138,6 @@ def _mixed(rows: Sequence[Row]) -> list[str]:
 def _table(lines: Sequence[Line]) -> str:
     header = ["method", "rates", "perplexity", "against full", *CATEGORIES.values(), "peak"]
     header += ["step", "tokens/s", "time"]
-    first = next((line.step for line in lines if line.step is not None), None)
     body = []
     for line in lines:
         cells = [
@@ -137,7 +153,7 @@ def _table(lines: Sequence[Line]) -> str:
         else:
             cells.append(format_seconds(line.step.median))
             cells.append(f"{line.tokens_per_second:,.0f}")
-            cells.append(format_ratio(line.step.median / first.median) if first else MISSING)
+            cells.append(known(line.ratio, format_ratio))
         body.append(cells)
     return markdown_grid(header, body)
 
