@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 pytest.importorskip("typer")
 
 from tests.bench.speed import tiny
-from tests.bench.speed.test_rows import session
+from tests.bench.speed.test_rows import HERE, session
 from velora_torch import cli
 from velora_torch.bench.command import bench
 from velora_torch.bench.request import Request
@@ -26,6 +26,14 @@ from velora_torch.bench.speed.rows import read_rows
 from velora_torch.bench.speed.session import Outcome
 from velora_torch.bench.speed.table import format_flops, found_rows, markdown
 from velora_torch.bench.speed.variants import PARTS, variants_of
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """The machine that the rows of these tests are of."""
+    around = dict(HERE)
+    monkeypatch.setattr("velora_torch.bench.speed.command.surroundings", lambda: around)
+    return around
 
 
 class Runs:
@@ -132,6 +140,18 @@ def test_failures_are_told_at_the_end_and_timed_again(tmp_path):
     assert code == 1
     assert runs.cases == ["layer", "parts"]
     assert "failed: layer, all variants: MemoryError: too large" in said
+
+
+def test_what_another_machine_has_timed_is_timed_again(tmp_path, here):
+    go(tmp_path, cases="layer", variants="factored")
+    here["threads"] = 8
+    _, said = go(tmp_path, cases="layer", variants="factored", list_only=True)
+    assert (
+        "open, plain, factored; with another CPU, torch or number of threads factored 1.25×" in said
+    )
+    runs = Runs()
+    go(tmp_path, runs, cases="layer", variants="factored")
+    assert runs.cases == ["layer"]
 
 
 def test_list_runs_nothing(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from velora_torch.atomic import write_whole
 from velora_torch.bench.request import (
@@ -24,6 +25,7 @@ from velora_torch.bench.speed.session import Outcome, run_case
 from velora_torch.bench.speed.table import found_rows, markdown
 from velora_torch.bench.speed.variants import VARIANTS, Timed, variants_of
 from velora_torch.bench.store import append_line
+from velora_torch.bench.surroundings import surroundings
 from velora_torch.half_products import slow_types
 from velora_torch.lock import alone
 from velora_torch.report.quantities import format_ratio
@@ -72,7 +74,7 @@ def speed(
     tasks = select(request, known)
     rounds, path = request.rounds or ROUNDS, request.folder / ROWS
     if request.list_only:
-        _list(tasks, read_rows(path), rounds, say)
+        _list(tasks, read_rows(path), rounds, surroundings(), say)
         return 0
     if request.table_only:
         return _write_table(request.folder, known, say)
@@ -81,11 +83,12 @@ def speed(
     if run is None:
         run = partial(run_case, command=request.command)
     failed: list[str] = []
+    around = surroundings()
     with alone(request.folder, "velora bench", "--output"):
         try:
             for number, task in enumerate(tasks, 1):
                 say(f"case {number}/{len(tasks)}: {task.case.name}: {task.case.about}")
-                if finished(read_rows(path), task.case, task.names, rounds):
+                if finished(read_rows(path), task.case, task.names, rounds, around):
                     say(f"{task.case.name}: timed already")
                     continue
                 outcome = _attempt(run, task, rounds, say)
@@ -172,11 +175,22 @@ def check_packages(tasks: Sequence[Task]) -> None:
         )
 
 
-def _list(tasks: Sequence[Task], rows: Sequence[SpeedRow], rounds: int, say: Say) -> None:
+def _list(
+    tasks: Sequence[Task],
+    rows: Sequence[SpeedRow],
+    rounds: int,
+    around: Mapping[str, Any],
+    say: Say,
+) -> None:
     """Show every case, its state and its variants."""
     for number, task in enumerate(tasks, 1):
-        done = list(finished(rows, task.case, task.names, rounds).values())
-        state = f"finished, {_ratios(done)}" if done else f"open, {', '.join(task.names)}"
+        here = list(finished(rows, task.case, task.names, rounds, around).values())
+        anywhere = list(finished(rows, task.case, task.names, rounds).values())
+        state = f"open, {', '.join(task.names)}"
+        if here:
+            state = f"finished, {_ratios(here)}"
+        elif anywhere:
+            state += f"; with another CPU, torch or number of threads {_ratios(anywhere)}"
         say(f"{number}/{len(tasks)}  {task.case.name} ({task.case.about}): {state}")
 
 

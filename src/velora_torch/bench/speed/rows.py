@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,35 @@ def current(rows: Iterable[SpeedRow], case: Case) -> list[SpeedRow]:
 
 
 def finished(
-    rows: Sequence[SpeedRow], case: Case, names: Sequence[str], rounds: int
+    rows: Sequence[SpeedRow],
+    case: Case,
+    names: Sequence[str],
+    rounds: int,
+    around: Mapping[str, Any] | None = None,
 ) -> dict[str, SpeedRow]:
-    """The newest session with all of some variants and enough rounds; {} where there is none."""
+    """The newest session with all of some variants and enough rounds; {} where there is none.
+
+    Args:
+        rows: of any case.
+        case: which.
+        names: the variants.
+        rounds: the fewest.
+        around: as `surroundings` tells; rows of another CPU, device, number of threads or release
+            of torch do not count. None: all do.
+    """
     enough = [row for row in current(rows, case) if row.rounds >= rounds]
+    if around is not None:
+        here = _place(around["threads"], around["machine"], around["versions"])
+        enough = [r for r in enough if _place(r.threads, r.machine, r.versions) == here]
     return newest_with(enough, names)
+
+
+def _place(
+    threads: int, machine: Mapping[str, Any], versions: Mapping[str, str]
+) -> tuple[Any, ...]:
+    """What two times must have in common to say the same."""
+    named = (machine.get(name) for name in ("cpu", "cores", "instructions", "device"))
+    return (threads, versions.get("torch"), *named)
 
 
 def against(rows: Sequence[SpeedRow], variant: str, base: str) -> Spread | None:

@@ -9,6 +9,7 @@ from velora_torch.bench.speed.cases import Case
 from velora_torch.bench.speed.goals import GOALS
 from velora_torch.bench.speed.rows import SpeedRow, current
 from velora_torch.bench.speed.variants import PARTS, Part, variants_of
+from velora_torch.bench.timing import newest_with
 from velora_torch.bench.writing import MISSING, markdown_grid, origin
 from velora_torch.report.quantities import format_ratio, format_seconds
 
@@ -150,7 +151,7 @@ def _parts_table(cases: Sequence[Case], found: Found) -> str:
             line.append(MISSING if row is None else _share(row.median, row.ratio))
         body.append(line)
         if part is _LAST_OWN:
-            rest = [_rest(by_case[case.name]) for case in cases]
+            rest = [_rest(found[case.name]) for case in cases]
             body.append(["rest of the compressed layer's step", *rest])
     return markdown_grid(["part", *(case.about for case in cases)], body)
 
@@ -158,12 +159,13 @@ def _parts_table(cases: Sequence[Case], found: Found) -> str:
 _LAST_OWN: Part = [part for part in PARTS if part.side == "ours"][-1]
 
 
-def _rest(rows: Mapping[str, SpeedRow]) -> str:
-    """What the parts leave of the compressed layer's step; a dash where one is missing."""
+def _rest(rows: Sequence[SpeedRow]) -> str:
+    """What the parts leave of the compressed layer's step, in the newest session that has all."""
     parts = [part.name for part in PARTS if part.side == "ours"]
-    if not all(name in rows for name in parts):
+    session = newest_with(rows, parts)
+    if not session:
         return MISSING
-    whole, *inside = [rows[name].median for name in parts]
+    whole, *inside = [session[name].median for name in parts]
     rest = whole - sum(inside)
     shown = _share(abs(rest), abs(rest) / whole)
     return f"less than none: {shown}" if rest < 0 else shown
