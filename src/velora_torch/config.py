@@ -120,7 +120,7 @@ class VeloraConfig:
         Args:
             purpose: ``"lora"``, the adapters of PEFT's LoRA, on a quantised base or not;
                 ``"full"``, full-parameter fine-tuning; ``"pretrain"``, from random weights with
-                the least memory, from which full training pulls away in longer runs
+                little memory, from which full training pulls away in longer runs
                 (docs/results/pretraining.md).
             changes: fields to set otherwise; ``num_groups`` replaces ``sub_token_size``.
 
