@@ -100,7 +100,7 @@ def slope(points: list[tuple[float, int]]) -> float:
 def soak(minutes: float, folder: Path) -> dict[str, Any]:
     """Train for some minutes; what was seen."""
     if processes.is_first():
-        prepare(folder, "soak", 10**6)
+        prepare(folder, "soak", 10**6, shards=False)
     processes.wait()
     recipe = load_recipe(
         folder / "soak.yaml",

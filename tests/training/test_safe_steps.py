@@ -186,25 +186,30 @@ def test_skipping_has_a_limit_that_a_resumed_run_knows(recipe, tmp_path, during)
 
 
 @pytest.mark.parametrize(
-    ("save_every", "message"),
-    [(1, "step 2: 1 weights are not finite, such as .*; they are not saved"), (None, "step 3: .*")],
+    ("save_every", "steps", "message"),
+    [
+        (1, 6, "step 2: 1 weights are not finite, such as .*; they are not saved"),
+        (None, 6, "step 3: .*"),
+        (None, 2, "after the last step: 1 weights are not finite, such as .*; they are not saved"),
+    ],
 )
 def test_weights_that_are_not_finite_are_never_saved(
-    recipe, tmp_path, monkeypatch, save_every, message
+    recipe, tmp_path, monkeypatch, save_every, steps, message
 ):
-    real, steps = torch.optim.AdamW.step, []
+    real, taken = torch.optim.AdamW.step, []
 
     def overflow(self, *rest):
         real(self, *rest)
-        steps.append(self)
-        if len(steps) == 2:
+        taken.append(self)
+        if len(taken) == 2:
             next(p for g in self.param_groups for p in g["params"] if p.dim() == 1).data[0] = float(
                 "inf"
             )
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(NonFiniteError, match=message) as caught:
-        go(recipe(save_every=save_every))
+        go(recipe(save_every=save_every, tokens=64 * steps))
+    assert not (tmp_path / "run/final").exists()
     assert "norm.weight" in str(caught.value)
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"][: save_every or 0]
 

@@ -13,6 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from velora_torch import ranks
 from velora_torch.sharding import local
 
+ADVICE = (
+    "Lower train.learning_rate, or leave such steps out with train.on_nonfinite: skip, and go on "
+    "with --resume"
+)
+
 
 class NonFiniteError(ValueError):
     """A loss or gradient is not finite, or weights are not; nothing of it was saved."""
@@ -31,6 +36,16 @@ def bad_weights(model: nn.Module) -> list[str]:
         for name, p in model.named_parameters()
         if p.is_floating_point() and not bool(torch.isfinite(local(p.detach())).all())
     )
+
+
+def check_weights(model: nn.Module, when: str) -> None:
+    """Raise `NonFiniteError` where parameters that are to be saved hold NaN or infinite numbers."""
+    weights = bad_weights(model)
+    if weights:
+        raise NonFiniteError(
+            f"{when}: {len(weights)} weights are not finite, such as {weights[0]}; they are not "
+            f"saved, and the checkpoints before stay. {ADVICE}"
+        )
 
 
 def first_nonfinite(model: nn.Module, again: Callable[[], object]) -> str:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from velora_torch.sharding import whole
 from velora_torch.training import processes
-from velora_torch.training.nonfinite import NonFiniteError, bad_weights, first_nonfinite
+from velora_torch.training.nonfinite import (
+    ADVICE,
+    NonFiniteError,
+    bad_weights,
+    check_weights,
+    first_nonfinite,
+)
 from velora_torch.training.out_of_memory import (
     OutOfMemoryError,
     holders,
@@ -24,10 +30,6 @@ from velora_torch.training.sections import TrainSection
 from velora_torch.training.step_start import StepStart
 
 MAX_SKIPPED = 10
-ADVICE = (
-    "Lower train.learning_rate, or leave such steps out with train.on_nonfinite: skip, and go on "
-    "with --resume"
-)
 
 
 @dataclass
@@ -246,12 +248,7 @@ class SafeSteps:
         return f"checkpoint-{number} has what was learnt before it.\n"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        weights = bad_weights(self.model)
-        if weights:
-            raise NonFiniteError(
-                f"step {self.state.global_step}: {len(weights)} weights are not finite, such as "
-                f"{weights[0]}; they are not saved, and the checkpoints before stay. {ADVICE}"
-            )
+        check_weights(self.model, f"step {self.state.global_step}")
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
 

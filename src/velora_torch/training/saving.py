@@ -14,6 +14,7 @@ from typing import Any
 from velora_torch.adapters import merge_adapters
 from velora_torch.export import export_lora
 from velora_torch.model import restore
+from velora_torch.training.nonfinite import check_weights
 from velora_torch.training.schema import PEFT_METHODS, Recipe
 from velora_torch.training.staging import STAGING, explained, place
 
@@ -23,7 +24,9 @@ def save_final(recipe: Recipe, trainer: Any, folder: Path) -> None:
 
     Raises:
         SavingError: it can't be written; what was in `folder` stays.
+        NonFiniteError: its weights are not finite; nothing is written.
     """
+    check_weights(trainer.model, "after the last step")
     output, work = folder.parent, folder.parent / STAGING / folder.name
     with explained(output, "the trained model"):
         _write(recipe, trainer, work)
