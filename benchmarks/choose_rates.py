@@ -244,7 +244,8 @@ def table(bench: str) -> str:
     for variant, rate, own in sorted(every, key=lambda line: order.index(line[0])):
         line = [scores.get((task, variant, rate, own)) for task in tasks]
         numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in line)
-        mean = "-" if None in line else f"{statistics.mean(line):.1f}"
+        known = [score for score in line if score is not None]
+        mean = "-" if len(known) < len(line) else f"{statistics.mean(known):.1f}"
         rates = [f"{r:g}" if r is not None else "" for r in (rate, own)]
         shown.append(f"| {variant} | {' | '.join(rates)} | {numbers} | {mean} |")
     return "\n".join(shown)

@@ -13,7 +13,7 @@ import argparse
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ QUANTILES = (0.01, 0.5, 0.99)
 
 
 def run(
-    start: LlamaForCausalLM, gradient: str, eps: float, steps: int
+    start: LlamaForCausalLM, gradient: Literal["factored", "dense"], eps: float, steps: int
 ) -> tuple[Tensor, list[float], float]:
     """Weight change, quantiles of sqrt(second moment) at the end, and the held-out loss."""
     lm = copy.deepcopy(start)

@@ -169,7 +169,7 @@ def prepare(case: Case, device: str) -> tuple[nn.Module, Optimizer, Callable[[],
     architecture = resolve(case.model)
     model = _model(case, architecture, device).train()
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
     eight_bit = case.setup.optimizer == "adamw_8bit"
@@ -225,7 +225,8 @@ def _quantised(case: Case, architecture: Architecture, device: str) -> nn.Module
         source: Any = resolve_model(PACKAGED)
         if case.model != PACKAGED:
             source = folder
-            _random(architecture, dtype_named(case.dtype), "cpu").save_pretrained(folder)
+            random: Any = _random(architecture, dtype_named(case.dtype), "cpu")
+            random.save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype_named(case.dtype),

@@ -221,7 +221,7 @@ def t4() -> Iterator[Row]:
     }
     ranks = {"llama-60m": 128, "llama-130m": 256}
     checkpointing = {"llama-60m": 1.19, "llama-130m": 1.85}
-    anchors = {}
+    anchors: dict[tuple[str, str], Any] = {}
     for model, numbers in paper.items():
         anchors[model, "Full"] = (numbers["Full"], {})
         anchors[model, "GaLore"] = (numbers["GaLore"], galore)

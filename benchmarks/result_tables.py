@@ -155,7 +155,7 @@ def _pre_training() -> str:
                     quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
                     sizes = (line.memory["optimizer_state"], line.peak)
                     memory = [known(size, format_bytes) for size in sizes]
-                    step = known(line.step and line.step.median, format_seconds)
+                    step = known(line.step.median if line.step else None, format_seconds)
                     body.append([model, line.variant.label, *quality, *memory, step])
     header = ["pre-trained", "method", "perplexity", "% against full", "optimizer state"]
     header += ["peak", "step"]

@@ -211,9 +211,9 @@ def done(studies: list[str]) -> dict[Cell, dict]:
     found = {}
     for cell in cells(studies):
         whole = recipe(cell).model_dump(mode="json")
-        row = own.get(cell) or benches.get((cell.task, cell.seed, fingerprint(whole)))
-        if row is not None:
-            found[cell] = row
+        same = own.get(cell) or benches.get((cell.task, cell.seed, fingerprint(whole)))
+        if same is not None:
+            found[cell] = same
     return found
 
 

@@ -47,15 +47,15 @@ def model_of(compressed: bool) -> nn.Module:
         )
     )
     if compressed:
-        config = {"sub_token_size": M, "init": "rademacher", "vectors": "per_group"}
-        velora.compress(model, velora.VeloraConfig(**config))
+        config = velora.VeloraConfig(sub_token_size=M, init="rademacher", vectors="per_group")
+        velora.compress(model, config)
     return model.train()
 
 
 def measure(rank: int, store: str, strategy: str, compressed: bool, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
-    model = model_of(compressed)
+    model: Any = model_of(compressed)
     counted: list[int] = []
     wrapped: Any = model
     if strategy == "ddp":
@@ -63,7 +63,8 @@ def measure(rank: int, store: str, strategy: str, compressed: bool, out: str) ->
 
         def hook(state: Any, bucket: Any) -> Any:
             counted.append(bucket.buffer().numel() * bucket.buffer().element_size())
-            return allreduce_hook(None, bucket)
+            everyone: Any = dist.group.WORLD
+            return allreduce_hook(everyone, bucket)
 
         hook.__annotations__ = {
             "bucket": dist.GradBucket,

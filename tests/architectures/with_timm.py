@@ -30,10 +30,10 @@ def build_timm(model: str, **settings: Any) -> Callable[[], nn.Module]:
 def build_mixer() -> nn.Module:
     from timm.models.mlp_mixer import MlpMixer
 
-    model: nn.Module = MlpMixer(
-        num_classes=3, img_size=SIDE, patch_size=8, num_blocks=2, embed_dim=WIDTH
-    )
-    nn.init.normal_(model.head.weight, std=0.1)  # zero at first, and then no gradient gets by
+    model = MlpMixer(num_classes=3, img_size=SIDE, patch_size=8, num_blocks=2, embed_dim=WIDTH)
+    nn.init.normal_(
+        model.get_parameter("head.weight"), std=0.1
+    )  # zero at first, and then no gradient gets by
     return model
 
 
