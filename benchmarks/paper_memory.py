@@ -29,7 +29,7 @@ ROWS = HERE / "results" / "paper_memory.jsonl"
 PAGE = HERE.parent / "docs" / "results" / "paper-memory.md"
 
 Case = dict[str, Any]
-NOT_HERE = "not simulated: the method is not in the library yet"
+NOT_HERE = "not simulated"
 
 
 # ------------------------------------------------------------------------ one row

@@ -129,7 +129,7 @@ def local_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
             "epochs": 3.0,
             "batch_size": 32,
             "learning_rate": LOCAL_LEARNING_RATES[variant],
-            "head_learning_rate": 3e-3,  # the head is new, and 94 steps are few
+            "head_learning_rate": 3e-3,  # the head is new, and 96 steps are few
             "autocast": True,
             "group_by_length": True,
             **(LOCAL_GALORE if variant == "galore" else {}),
