@@ -155,7 +155,7 @@ def _pre_training() -> str:
                     quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
                     sizes = (line.memory["optimizer_state"], line.peak)
                     memory = [known(size, format_bytes) for size in sizes]
-                    step = known(line.step.median if line.step else None, format_seconds)
+                    step = known(line.seconds, format_seconds)
                     body.append([model, line.variant.label, *quality, *memory, step])
     header = ["pre-trained", "method", "perplexity", "% against full", "optimizer state"]
     header += ["peak", "step"]
@@ -175,13 +175,13 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
     """All methods on one model, with what a step holds; of a longer scale, with tokens to match."""
     own, body = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale]), []
     lines = lines_of(own, task)
-    timed = lines[0].step is not None
+    timed = lines[0].seconds is not None
     tokens = _tokens_to_match(own.rows, task) if scale != SCALE else None
     for line in lines:
         sizes = (*line.memory.values(), line.peak)
         step = ""
-        if line is lines[0] and line.step is not None:
-            step = format_seconds(line.step.median)
+        if line is lines[0] and line.seconds is not None:
+            step = format_seconds(line.seconds)
         elif line.ratio is not None:
             step = format_ratio(line.ratio)
         cells = [

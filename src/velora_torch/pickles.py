@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 SUFFIXES = (".pt", ".pth", ".bin")
 NEVER_LOADED = ("training_args.bin",)
@@ -65,9 +64,12 @@ def projectors_allowed(path: Path) -> Iterator[None]:
         yield
 
 
-def projectors_to_devices(optimizer: Optimizer) -> None:
-    """Move what projectors hold to the devices of their matrices: torch moves tensors alone."""
-    for p, state in optimizer.state.items():
+def projectors_to_devices(optimizer: Any) -> None:
+    """Move what projectors hold to the devices of their matrices: torch moves tensors alone.
+
+    What stands for an optimizer whose state is sharded has no `state`, and no projectors.
+    """
+    for p, state in getattr(optimizer, "state", {}).items():
         projector = state.get("projector")
         if f"{type(projector).__module__}.{type(projector).__qualname__}" in PROJECTORS:
             for name, value in vars(projector).items():

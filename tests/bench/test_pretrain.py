@@ -179,16 +179,18 @@ def test_times_of_one_session_are_compared(finished):
     ]
     full, ours = lines_of(finished, "llama-3m")
     assert (full.ratio, ours.ratio) == (1.0, pytest.approx(0.8))
-    assert ours.step.median == 0.16
+    assert ours.seconds == pytest.approx(0.16)
     tokens = 16 * 128
     assert ours.tokens_per_second == pytest.approx(tokens / 0.16)
     times += [timed("full", "2028", 0.5)]  # the ratio stays, seconds are of one session
     full, ours = lines_of(finished, "llama-3m")
     assert full.train_seconds == pytest.approx(2e6 / tokens * 0.5)
     assert ours.train_seconds == pytest.approx(2e6 / tokens * 0.4)
+    assert ours.seconds == pytest.approx(0.4)
+    assert ours.tokens_per_second == pytest.approx(tokens / 0.4)
     times[:] = [timed("velora-all", "2027", 0.32)]
     _, ours = lines_of(finished, "llama-3m")
-    assert (ours.ratio, ours.step.median) == (None, 0.32)
+    assert (ours.ratio, ours.seconds) == (None, 0.32)
 
 
 def timed(variant, session, median):

@@ -9,10 +9,12 @@ import pytest
 pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 
+import torch
 import transformers
 
 import velora_torch as velora
 from tests.training import tiny
+from velora_torch.pickles import projectors_to_devices
 from velora_torch.training.assemble import assemble
 from velora_torch.training.own_optimizers import OptimizerError, check_optimizer, own_optimizer
 from velora_torch.training.recipe import load_recipe
@@ -24,13 +26,14 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama():
+def llama(**changes):
     config = transformers.LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
         vocab_size=8,
+        **changes,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -84,6 +87,10 @@ def test_compressed_layers_alone_leave_nothing_to_project():
     velora.compress(model, velora.VeloraConfig(num_groups=4))
     with pytest.raises(OptimizerError, match=re.escape("compressed ones train coefficients")):
         projected(model)
+    for tied in (gpt2(), llama(tie_word_embeddings=True)):  # whose head is the embedding
+        velora.compress(tied, velora.VeloraConfig(num_groups=4))
+        with pytest.raises(OptimizerError, match="has no weight to project"):
+            projected(tied)
     model = llama()
     velora.compress(model, velora.VeloraConfig(num_groups=4))
     assert projected(model) == {"lm_head.weight"}
@@ -132,12 +139,43 @@ def test_projected_weights_may_have_an_eps_of_their_own(optimizer):
     }
 
 
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+@pytest.mark.parametrize(
+    "name", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "galore_adafactor"]
+)
+def test_so_have_those_that_train_layer_by_layer_or_are_no_adam(optimizer, name):
+    train = {"betas": [0.8, 0.95], "eps": 1e-10, "weight_decay": 0.1}
+    model, made = optimizer(name, "velora=null", **train)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    parts = list(getattr(made, "optimizer_dict", {}).values()) or [made]
+    groups = [(g, name_of[id(p)]) for part in parts for g in part.param_groups for p in g["params"]]
+    assert len(groups) == len(name_of)
+    for group, weight in groups:
+        assert group["weight_decay"] == (0.0 if "norm" in weight else 0.1), weight
+        if "adamw" in name:
+            assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10), weight
+
+
+def test_projectors_go_where_their_matrices_are():
+    """Torch moves tensors of a state alone, and a checkpoint is loaded on the CPU."""
+    projector = pytest.importorskip("galore_torch.galore_projector").GaLoreProjector(rank=2)
+    projector.ortho_matrix = [torch.eye(2), torch.eye(3)]
+    p = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
+    optimizer = torch.optim.SGD([p])
+    optimizer.state[p]["projector"] = projector
+    projectors_to_devices(optimizer)
+    assert [part.device.type for part in projector.ortho_matrix] == ["meta", "meta"]
+    projectors_to_devices(object())  # as what stands for an optimizer with a sharded state
+
+
 def test_settings_that_an_optimizer_does_not_have_are_refused():
     """Transformers drops them."""
     for name, known in (("galore_adamw", "proj_type"), ("apollo_adamw", "scale_type")):
         with pytest.raises(OptimizerError, match=rf"{name} has no setting 'rnak'; .*{known}"):
             check_optimizer(section(name, rnak=4))
         check_optimizer(section(name, rank=4))
+    with pytest.raises(OptimizerError, match="galore_adafactor has no setting 'eps'"):
+        check_optimizer(section("galore_adafactor", eps=1e-9))
     check_optimizer(section("adamw_torch", anything=4))
     with pytest.raises(OptimizerError, match="flora needs rank"):
         check_optimizer(section("flora", update_proj_gap=4))

@@ -236,7 +236,7 @@ def _measure(recipe: Recipe, trained: Recipe, request: Request, say: Say) -> _Me
         if step in request.steps:
             measured = sum(sample.step == step for sample in table.samples)
             say(f"step {step}: {measured} layers measured, {format_seconds(clock())}")
-            if zero := without_gradients(table.samples, step):
+            if zero := without_gradients(table.samples, step, step == request.steps[-1]):
                 say(zero)
 
     begun = time.perf_counter()

@@ -48,7 +48,8 @@ def markdown(analysis: Analysis, pictures: Sequence[str]) -> str:
         analysis: what to tell.
         pictures: files that lie beside the page.
     """
-    without = [without_gradients(analysis.samples, step) for step in analysis.steps]
+    last = analysis.steps[-1]
+    without = [without_gradients(analysis.samples, s, s == last) for s in analysis.steps]
     parts = [_head(analysis), *filter(None, without)]
     parts += [f"![{_alt(name)}]({name})" for name in pictures]
     groups, step = middle(analysis), analysis.steps[-1]
@@ -68,16 +69,16 @@ def markdown(analysis: Analysis, pictures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def without_gradients(samples: Sequence[Sample], step: int) -> str:
+def without_gradients(samples: Sequence[Sample], step: int, is_last: bool) -> str:
     """A sentence on the layers whose gradients in a step are all zero; "" where there are none."""
     own = [sample for sample in samples if sample.step == step]
     zero = sum(math.isnan(sample.sparsity) for sample in own)
     if not zero:
         return ""
+    advice = f": measure a later step too, such as --steps {step},{step + 10}" if is_last else ""
     return (
         f"At step {step} the gradients of {zero} of {len(own)} layers are zero (in LoRA those of A "
-        "are before the first update), so they have no cosine, no error and no sparsity: measure "
-        f"a later step too, such as --steps {step},{step + 10}."
+        f"are before the first update), so they have no cosine, no error and no sparsity{advice}."
     )
 
 

@@ -60,12 +60,14 @@ def check_optimizer(train: TrainSection) -> None:
 
 def check_settings(train: TrainSection) -> None:
     """Raise `OptimizerError` for settings that a low-rank optimizer does not have, or needs."""
-    kind = train.optimizer.partition("_")[0]
-    unknown = [name for name in train.optimizer_settings if name not in SETTINGS.get(kind, (name,))]
-    if unknown:
+    known = SETTINGS.get(train.optimizer.partition("_")[0])
+    if known is not None and "adafactor" in train.optimizer:
+        known = tuple(name for name in known if name != "eps")
+    unknown = [name for name in train.optimizer_settings if known and name not in known]
+    if known is not None and unknown:
         raise OptimizerError(
             f"train.optimizer_settings: {train.optimizer} has no setting {unknown[0]!r}; there "
-            f"are: {', '.join(SETTINGS[kind])}"
+            f"are: {', '.join(known)}"
         )
     if train.optimizer in OWN_OPTIMIZERS and "rank" not in train.optimizer_settings:
         raise OptimizerError(
@@ -113,14 +115,18 @@ def give_settings(
         train: the settings.
         decayed: names of the parameters with weight decay.
     """
+    for of_layer in getattr(optimizer, "optimizer_dict", {}).values():  # trains layer by layer
+        give_settings(of_layer, model, train, decayed)
     named = set(decayed)
     decaying = {id(p) for name, p in model.named_parameters() if name in named}
     for group in list(optimizer.param_groups):
-        if "betas" not in group:  # GaLore's Adafactor, and what trains layer by layer
+        if "betas" in group:  # GaLore's Adafactor has none, and two eps of another kind
+            own = train.optimizer_settings.get("eps") if "rank" in group else None
+            group["betas"] = tuple(train.betas)
+            group["eps"] = float(train.eps if own is None else own)
+        if "weight_decay" not in group:  # the stand-in for those of the layers
             continue
-        own = train.optimizer_settings.get("eps") if "rank" in group else None
-        settings = {"betas": tuple(train.betas), "eps": float(train.eps if own is None else own)}
-        group.update(settings, weight_decay=0.0)
+        group["weight_decay"] = 0.0
         decays = [p for p in group["params"] if id(p) in decaying]
         if train.weight_decay and decays:
             group["params"] = [p for p in group["params"] if id(p) not in decaying]
@@ -131,12 +137,12 @@ def give_settings(
 
 def _projected(model: nn.Module, train: TrainSection) -> set[str]:
     """Names of the weights that the optimizer projects."""
+    # What a compressed layer trains is another parameter, and a head tied to an embedding is that.
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     linear = [
         name
         for name, module in model.named_modules()
-        if is_leaf_linear(module)
-        # What a compressed layer trains is another parameter, whatever its `weight` is made of.
-        and getattr(module._parameters.get("weight"), "requires_grad", False)
+        if is_leaf_linear(module) and f"{name}.weight" in trained
     ]
     if not linear:
         raise OptimizerError(

@@ -31,6 +31,7 @@ from velora_torch.training.data import PreparedData
 from velora_torch.training.folder import RunFolder
 from velora_torch.training.output import check_output
 from velora_torch.training.precision import products_of, slow_type
+from velora_torch.training.pretraining.prepare import check_same_order, check_same_text
 from velora_torch.training.recipe import Recipe
 from velora_torch.training.saving import save_final
 
@@ -89,6 +90,9 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     if options.resume and recipe.memory_budget is not None and folder.recipe.is_file():
         recipe = budget.as_started(recipe, folder.load_recipe())
     checkpoint = folder.check(options.resume, options.overwrite, say)
+    former = _former_results(folder, checkpoint)
+    if former is not None and recipe.task == "pretrain":
+        check_same_order(former.run, recipe)
 
     from velora_torch.training import models
     from velora_torch.training.trainer import Record
@@ -101,11 +105,8 @@ def _run(recipe: Recipe, options: Options, say: Say, folder: RunFolder) -> Resul
     with processes.first_alone():
         tokenizer, data = prepare_data(recipe, say)
     say(describe_data(data))
-    former = _former_results(folder, checkpoint)
-    if former is not None and data.format == "tokens":
-        from velora_torch.training.pretraining.prepare import check_same_windows
-
-        check_same_windows(former.run.data, data.stats)
+    if former is not None and recipe.task == "pretrain":
+        check_same_text(former.run, data.stats)
     prediction = None
     if recipe.memory_budget is not None:
         recipe, prediction = budget.fit(recipe, data, say, options.strategy)

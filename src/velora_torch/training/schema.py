@@ -200,8 +200,8 @@ class Recipe(Section):
             fail(
                 "evaluate.perplexity", "is not for task: pretrain, which is scored by that of data"
             )
-        if self.train.tokens is not None and (self.token_budget() or 0) < self._step_tokens():
-            step = self._step_tokens()
+        if self.train.tokens is not None and (self.token_budget() or 0) < self.step_tokens():
+            step = self.step_tokens()
             fail("train.tokens", f"is less than one step takes, which is {step:,} tokens")
         return self
 
@@ -263,7 +263,7 @@ class Recipe(Section):
         """Whether the model predicts tokens, and has no head for a task."""
         return self.task in ("language-modeling", "pretrain")
 
-    def _step_tokens(self) -> int:
+    def step_tokens(self) -> int:
         """Tokens of an optimizer step of task: pretrain, over all processes."""
         train = self.train
         return train.batch_size * train.accumulation * self.data.max_length * processes.shares()
@@ -274,12 +274,12 @@ class Recipe(Section):
         if tokens is None:
             return self.train.steps
         asked = parse_count(tokens) if isinstance(tokens, str) else tokens
-        return asked // self._step_tokens()
+        return asked // self.step_tokens()
 
     def token_budget(self) -> int | None:
         """Tokens that task: pretrain takes in all, in whole steps; None where it counts epochs."""
         steps = self.steps()
-        return None if steps is None else steps * self._step_tokens()
+        return None if steps is None else steps * self.step_tokens()
 
     def describe(self) -> str:
         """Summarise the run in a few lines of plain text."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.training import tiny
 from tests.training.pretraining import texts
 from velora_torch.model import compressed_layers
+from velora_torch.report.results import read_results, write_results
 from velora_torch.training.assemble import assemble
 from velora_torch.training.assets import AssetError
 from velora_torch.training.data import check_sources
@@ -150,16 +151,19 @@ def test_the_order_of_windows_does_not_depend_on_the_method(recipe):
         assert torch.equal(plain[index]["input_ids"], lora[index]["input_ids"])
 
 
-def test_other_recipes_in_the_cache_do_not_move_the_windows(recipe):
+def test_other_recipes_in_the_cache_do_not_move_the_windows(recipe, tmp_path):
     """A file of the whole text, say, which an earlier run with epochs has left."""
+    text = {"train": str(texts.save_jsonl(tmp_path / "long.jsonl", texts.documents(700)))}
 
     def order():
-        data = assemble(recipe("train.tokens=640", velora=None), lambda line: None).data
+        made = recipe("train.tokens=640", velora=None, data=text)
+        data = assemble(made, lambda line: None).data
         return [row["input_ids"].tolist() for row in data.train], data.stats["digests"]
 
     first = order()
-    whole = recipe("train.epochs=1", velora=None, train={"tokens": None})
-    assert len(assemble(whole, lambda line: None).data.train) > 10
+    whole = recipe("train.epochs=1", velora=None, data=text, train={"tokens": None})
+    stats = assemble(whole, lambda line: None).data.stats
+    assert stats["digests"]["train"] != first[1]["train"]  # it has more than the budget's
     assert order() == first
 
 
@@ -178,7 +182,7 @@ def test_a_run_is_not_resumed_on_other_windows(recipe, tmp_path):
         (["data.max_length=32"], r"data\.max_length has changed \(16 -> 32\)"),
         (["train.seed=1"], r"train\.seed has changed \(0 -> 1\)"),
         (["train.batch_size=8"], r"tokens of a step .* has changed \(64 -> 128\)"),
-        (["train.tokens=60k"], r"or the budget .* has changed"),
+        (["train.tokens=60k"], r"the budget .* has changed"),
     ):
         with pytest.raises(DataError, match=message):
             go(made(*overrides), resume=True)
@@ -187,11 +191,35 @@ def test_a_run_is_not_resumed_on_other_windows(recipe, tmp_path):
     with pytest.raises(DataError, match="the text, the vocabulary that was trained on it"):
         go(made(), resume=True)
     corpus.write_text(before)
+    older = read_results(tmp_path / "run/results.json")  # a release that did not say as much
+    del older.run.data["step_tokens"], older.run.data["digests"]
+    write_results(older, tmp_path / "run/results.json")
+    with pytest.raises(DataError, match=r"train\.seed has changed"):
+        go(made("train.seed=1"), resume=True)
     results = go(made("train.batch_size=2", "train.accumulation=2"), resume=True)
     assert results.run.status == "finished"
     seconds = [point.seconds for point in results.history]
     assert seconds == sorted(seconds)  # counted on from those of the former part
     assert [point.step for point in results.history] == list(range(1, 13))
+
+
+def test_settings_are_compared_before_any_text_is_read(recipe, tmp_path, monkeypatch):
+    """With train.steps a step's size moves the budget, and so all tokens: that is not the news."""
+    text = {"train": str(texts.save_jsonl(tmp_path / "long.jsonl", texts.documents(600)))}
+
+    def made(*overrides):
+        return recipe("train.steps=600", *overrides, data=text, velora=None)
+
+    def interrupt(line):
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    go(made(), interrupt)
+    monkeypatch.setattr("velora_torch.training.run.prepare_data", None)
+    with pytest.raises(DataError, match=r"the tokens of a step .* has changed \(64 -> 128\)"):
+        go(made("train.batch_size=8"), resume=True)
+    with pytest.raises(DataError, match=r"data\.max_length has changed \(16 -> 32\)"):
+        go(made("data.max_length=32"), resume=True)
 
 
 def test_a_token_file_that_has_lost_its_description_is_made_anew(recipe):

@@ -10,7 +10,7 @@ from pathlib import Path
 from velora_torch.bench.grid import Finished, Row, Variant
 from velora_torch.bench.statistics import Estimate, estimate
 from velora_torch.bench.table import format_change, format_estimate
-from velora_torch.bench.timing import StepTime, newest_with
+from velora_torch.bench.timing import newest_with
 from velora_torch.bench.writing import MISSING, known, markdown_grid, origin
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
 
@@ -35,14 +35,14 @@ class Line:
     peak: float | None
     """The largest moment of a step, in bytes."""
     tokens_per_second: float | None
-    step: StepTime | None
-    """Of the newest session that has timed the variant it is compared with too, if there is one."""
+    seconds: float | None
+    """Of a step: the ratio times the newest median of the variant it is compared with."""
     ratio: float | None
-    """Of the step over that of the other variant, in that session."""
+    """Of a step's time over that of the other variant, in the newest session that has both."""
     curve: list[tuple[float, float]]
     """(tokens, perplexity), means over seeds."""
     train_seconds: float | None
-    """Steps times the time of one: the ratio times the newest median of the other variant's."""
+    """Steps times the time of one."""
 
 
 def lines_of(finished: Finished, task: str) -> list[Line]:
@@ -55,7 +55,7 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
         own = by_variant[variant.name]
         if not own:
             continue
-        step, ratio, seconds = _timed(finished, task, variant)
+        seconds, ratio = _timed(finished, task, variant)
         first = own[0]
         tokens = first.details["tokens"]
         per_step = _step_tokens(first)
@@ -71,7 +71,7 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
                 {name: _mean_memory(own, name) for name in CATEGORIES},
                 _mean(own, lambda row: row.details.get("peak_bytes")),
                 None if seconds is None else per_step / seconds,
-                step,
+                seconds,
                 ratio,
                 _curve(own),
                 None if seconds is None else tokens / per_step * seconds,
@@ -80,18 +80,16 @@ def lines_of(finished: Finished, task: str) -> list[Line]:
     return lines
 
 
-def _timed(
-    finished: Finished, task: str, variant: Variant
-) -> tuple[StepTime | None, float | None, float | None]:
-    """A variant's step, its ratio, and its seconds; sessions differ in more than their variants."""
+def _timed(finished: Finished, task: str, variant: Variant) -> tuple[float | None, float | None]:
+    """Seconds of a variant's step, and its ratio; sessions differ in more than their variants."""
     times = [one for one in finished.times if one.task == task]
     base = variant.base or variant.name
     both = newest_with(times, [variant.name, base])
     if not both:
         alone = newest_with(times, [variant.name]).get(variant.name)
-        return alone, None, None if alone is None else alone.median
+        return None if alone is None else alone.median, None
     ratio = both[variant.name].median / both[base].median
-    return both[variant.name], ratio, ratio * newest_with(times, [base])[base].median
+    return ratio * newest_with(times, [base])[base].median, ratio
 
 
 def report(finished: Finished, output: Path) -> str:
@@ -148,10 +146,10 @@ def _table(lines: Sequence[Line]) -> str:
             *(known(line.memory[name], format_bytes) for name in CATEGORIES),
             known(line.peak, format_bytes),
         ]
-        if line.step is None:
+        if line.seconds is None:
             cells += [MISSING] * 3
         else:
-            cells.append(format_seconds(line.step.median))
+            cells.append(format_seconds(line.seconds))
             cells.append(f"{line.tokens_per_second:,.0f}")
             cells.append(known(line.ratio, format_ratio))
         body.append(cells)

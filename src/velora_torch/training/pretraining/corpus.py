@@ -97,7 +97,10 @@ def identity(data: DataSection) -> dict[str, Any]:
     limits = ("max_train", "max_eval")
     settings = {field: getattr(data, field) for field in (*fields, *limits)}
     sources = (data.train, *([data.eval] if data.eval else []))
-    return {**settings, "text": data.columns.text, "files": [_state(name) for name in sources]}
+    files = [_state(name) for name in sources]
+    if any(path.endswith(".txt") for states in files for path, *_ in states or ()):
+        settings["sections"] = 2  # changes with where a text is cut
+    return {**settings, "text": data.columns.text, "files": files}
 
 
 def _all(data: DataSection, side: Side) -> Iterator[str]:

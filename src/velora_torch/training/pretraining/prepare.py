@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from velora_torch.training import processes
+from velora_torch.report.results import RunInfo
 from velora_torch.training.assets import cache_folder
 from velora_torch.training.data import PreparedData
 from velora_torch.training.packaged.manuals import MANUALS
@@ -89,7 +89,7 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
             f"{data.train}: the text that is held out is the text to train on; name another with "
             "data.eval, or leave it out, and data.eval_fraction of the documents are held out"
         )
-    count, step = None, recipe.train.batch_size * recipe.train.accumulation * length
+    count = None
     if budget is not None:
         count = budget // length
     elif recipe.train.epochs is not None:
@@ -110,8 +110,7 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
         "passes": len(windows) / windows.windows,
         "vocabulary": len(tokenizer),
         "longest": length,
-        "order": recipe.train.seed,
-        "step_tokens": step * processes.count(),
+        "step_tokens": recipe.step_tokens(),
         "mean_length": float(length),
     }
     return tokenizer, PreparedData(
@@ -124,35 +123,50 @@ def prepare_pretraining(recipe: Recipe, say: Say) -> tuple[Any, PreparedData]:
     )
 
 
-def check_same_windows(former: dict[str, Any], now: dict[str, Any]) -> None:
-    """See that a resumed run goes on in the windows in which it began.
+def check_same_order(former: RunInfo, recipe: Recipe) -> None:
+    """See that a resumed run takes the windows that it began with, before any text is read.
 
     Args:
-        former: `stats` of the data that it was started with.
-        now: those of the data that it would go on with.
+        former: what the run was started with.
+        recipe: what it would go on with.
 
     Raises:
-        DataError: text, vocabulary, budget, or what a step takes of them has changed.
+        DataError: what a window is, their order, or what a step takes of them has changed.
+    """
+    data, train = former.recipe["data"], former.recipe["train"]
+    _same("data.max_length", data["max_length"], recipe.data.max_length)
+    _same("data.seed", data["seed"], recipe.data.seed)
+    _same("train.seed", train["seed"], recipe.train.seed)
+    if "step_tokens" in former.data:  # older runs do not say it
+        step = "the tokens of a step (batch_size x accumulation x max_length x processes)"
+        _same(step, former.data["step_tokens"], recipe.step_tokens())
+
+
+def check_same_text(former: RunInfo, now: dict[str, Any]) -> None:
+    """The same of what has been read.
+
+    Args:
+        former: what the run was started with.
+        now: `stats` of the data that it would go on with.
+
+    Raises:
+        DataError: they are other tokens.
     """
     text = (
-        "the text, the vocabulary that was trained on it, or the budget (train.tokens, train.steps)"
+        "the text, the vocabulary that was trained on it, the budget (train.tokens, train.steps), "
+        "or the release of this package"
     )
-    compared = {
-        text: (former["digests"]["train"], now["digests"]["train"]),
-        "data.max_length": (former["longest"], now["longest"]),
-        "train.seed": (former.get("order"), now["order"]),
-        "the tokens of a step (batch_size x accumulation x max_length x processes)": (
-            former.get("step_tokens"),
-            now["step_tokens"],
-        ),
-    }
-    for what, (before, after) in compared.items():
-        if before is not None and before != after:  # older runs do not say all
-            raise DataError(
-                f"the run cannot be resumed on other windows of text than it began with: {what} "
-                f"has changed ({before} -> {after}). Set it back, or begin another run with "
-                "train.output=..."
-            )
+    before = former.data.get("digests", {}).get("train", now["digests"]["train"])
+    _same(text, before, now["digests"]["train"])
+
+
+def _same(what: str, before: Any, after: Any) -> None:
+    if before != after:
+        raise DataError(
+            f"the run cannot be resumed on other windows of text than it began with: {what} has "
+            f"changed ({before} -> {after}). Set it back, or begin another run with "
+            "train.output=..."
+        )
 
 
 def _held_out_limit(recipe: Recipe) -> int:
