@@ -70,6 +70,8 @@ PAIRED = (
     ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
     ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
     ("long", "llama-3m", "velora-all-m4", (*_ALL, "velora-not-qk", "lora")),
+    ("long", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", "velora-all")),
+    ("long", "llama-3m", "full-8bit", ("full", "apollo", "velora-value-down")),
     ("long", "llama-3m", "velora-all-fixed", ("velora-all",)),
     ("long", "llama-3m", "velora-all-often", ("velora-all",)),
 )
