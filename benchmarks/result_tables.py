@@ -60,6 +60,7 @@ PAIRED = (
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
     ("local", "llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
+    ("local", "llama-3m", "velora-all-m4", ("full", "velora-all")),
     ("local", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
     ("local", "llama-15m", "velora-value-down", ("full",)),
     ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),

@@ -38,7 +38,7 @@ RECOMMENDED: dict[Purpose, dict[str, Any]] = {
     },
     "pretrain": {
         "targets": "all-linear",
-        "sub_token_size": 8,
+        "sub_token_size": 4,
         "init": "rademacher",
         "vectors": "per_group",
         "refresh_every": 200,
@@ -120,7 +120,7 @@ class VeloraConfig:
         Args:
             purpose: ``"lora"``, the adapters of PEFT's LoRA, on a quantised base or not;
                 ``"full"``, full-parameter fine-tuning; ``"pretrain"``, from random weights with
-                little memory, from which full training pulls away in longer runs
+                little memory; in longer runs full training pulls away from it
                 (docs/results/pretraining.md).
             changes: fields to set otherwise; ``num_groups`` replaces ``sub_token_size``.
 
