@@ -84,6 +84,8 @@ PAIRED_VECTORS = (
     ("local", "llama-3m", "velora-qk-faster", ("full", "velora-qk")),
     ("local", "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
     ("local", "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
+    ("local", "llama-3m", "galore-eps", ("full", "galore")),
+    ("local", "llama-3m", "apollo-eps", ("full", "apollo")),
 )
 """The same for the page of the analysis."""
 PRE_TRAINING_ROWS = {SCALE: "pretrain", "long": "pretrain-long"}
