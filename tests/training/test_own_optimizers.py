@@ -10,32 +10,15 @@ pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 
 import torch
-import transformers
 
 import velora_torch as velora
+from tests.tiny_models import gpt2, llama
 from tests.training import tiny
 from velora_torch.pickles import projectors_to_devices
 from velora_torch.training.assemble import assemble
 from velora_torch.training.own_optimizers import OptimizerError, check_optimizer, own_optimizer
 from velora_torch.training.recipe import load_recipe
 from velora_torch.training.sections import TrainSection
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=8, n_positions=8)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama(**changes):
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=8,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def projected(model, **more):
@@ -87,7 +70,7 @@ def test_compressed_layers_alone_leave_nothing_to_project():
     velora.compress(model, velora.VeloraConfig(num_groups=4))
     with pytest.raises(OptimizerError, match=re.escape("compressed ones train coefficients")):
         projected(model)
-    for tied in (gpt2(), llama(tie_word_embeddings=True)):  # whose head is the embedding
+    for tied in (gpt2(), llama(tied=True)):  # whose head is the embedding
         velora.compress(tied, velora.VeloraConfig(num_groups=4))
         with pytest.raises(OptimizerError, match="has no weight to project"):
             projected(tied)

@@ -60,15 +60,16 @@ def check_optimizer(train: TrainSection) -> None:
 
 def check_settings(train: TrainSection) -> None:
     """Raise `OptimizerError` for settings that a low-rank optimizer does not have, or needs."""
-    known = SETTINGS.get(train.optimizer.partition("_")[0])
-    if known is not None and "adafactor" in train.optimizer:
-        known = tuple(name for name in known if name != "eps")
-    unknown = [name for name in train.optimizer_settings if known and name not in known]
-    if known is not None and unknown:
-        raise OptimizerError(
-            f"train.optimizer_settings: {train.optimizer} has no setting {unknown[0]!r}; there "
-            f"are: {', '.join(known)}"
-        )
+    kind = train.optimizer.partition("_")[0]
+    if kind in SETTINGS:
+        is_adam = "adafactor" not in train.optimizer
+        known = [name for name in SETTINGS[kind] if is_adam or name != "eps"]
+        unknown = [name for name in train.optimizer_settings if name not in known]
+        if unknown:
+            raise OptimizerError(
+                f"train.optimizer_settings: {train.optimizer} has no setting {unknown[0]!r}; "
+                f"there are: {', '.join(known)}"
+            )
     if train.optimizer in OWN_OPTIMIZERS and "rank" not in train.optimizer_settings:
         raise OptimizerError(
             f"train.optimizer_settings: {train.optimizer} needs rank, such as {{rank: 64}}"
@@ -115,10 +116,14 @@ def give_settings(
         train: the settings.
         decayed: names of the parameters with weight decay.
     """
-    for of_layer in getattr(optimizer, "optimizer_dict", {}).values():  # trains layer by layer
-        give_settings(of_layer, model, train, decayed)
     named = set(decayed)
     decaying = {id(p) for name, p in model.named_parameters() if name in named}
+    of_layers = getattr(optimizer, "optimizer_dict", {}).values()  # of one that trains by layers
+    for one in (optimizer, *of_layers):
+        _give_settings(one, train, decaying)
+
+
+def _give_settings(optimizer: Optimizer, train: TrainSection, decaying: set[int]) -> None:
     for group in list(optimizer.param_groups):
         if "betas" in group:  # GaLore's Adafactor has none, and two eps of another kind
             own = train.optimizer_settings.get("eps") if "rank" in group else None

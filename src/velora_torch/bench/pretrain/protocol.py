@@ -84,8 +84,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
     "velora-value-down-apollo": {"velora": _velora(VALUE_AND_DOWN)},
-    "galore-eps": {"velora": None},
-    "apollo-eps": {"velora": None},
     "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
     "velora-not-qk-average": {"velora": _velora(NOT_QUERY_AND_KEY)},
     "velora-qk": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
@@ -105,6 +103,7 @@ METHODS: dict[str, dict[str, Any]] = {
 ADDITIONS: dict[str, dict[str, Any]] = {
     "8bit": {"optimizer": "adamw_bnb_8bit"},
     "gc": {"gradient_checkpointing": True},
+    "eps": {},  # that of the recipe, instead of `PACKAGED_EPS`
 }
 """Settings of `train`, by the word at the end of a variant's name."""
 
@@ -123,8 +122,6 @@ PROJECTING = {
     "apollo": "apollo_adamw",
     "flora": "flora",
     "velora-value-down-apollo": "apollo_adamw",
-    "galore-eps": "galore_adamw",
-    "apollo-eps": "apollo_adamw",
 }
 """Optimizers that keep the state of what is not compressed in a subspace, by variant."""
 PACKAGED_EPS: dict[str, dict[str, Any]] = {
@@ -164,9 +161,7 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "galore-eighth": 4e-3,
     "galore-twelfth": 4e-3,
     "apollo": 4e-3,
-    "apollo-eps": 4e-3,
     "velora-value-down-apollo": 4e-3,
-    "galore-eps": 2e-3,
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 2.5e-4,
@@ -224,10 +219,10 @@ def method(
             "method": "lora",
             "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
         }
-    elif variant in PROJECTING:
-        optimizer = PROJECTING[variant]
+    elif (base := without_additions(variant)) in PROJECTING:
+        optimizer = PROJECTING[base]
         projected |= {"seed": seed} if optimizer == "flora" else {"scale": scale}
-        own = {} if variant.endswith("-eps") else PACKAGED_EPS.get(optimizer, {})
+        own = {} if "eps" in variant.split("-") else PACKAGED_EPS.get(optimizer, {})
         train |= {
             "optimizer": optimizer,
             "optimizer_targets": ALL_LINEAR,
@@ -293,7 +288,7 @@ PAPER_RATES = {
 
 def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
-    rates = Rates(PAPER_RATES.get(variant, 1e-3))
+    rates = Rates(PAPER_RATES.get(without_additions(variant), 1e-3))
     scale = 0.25 if variant.startswith("galore") else 1.0
     top, train = method(variant, task, seed, rates, scale, PAPER_RANKS[task])
     return {
