@@ -80,9 +80,11 @@ SMALL: Pairs = {
     "velora-value-down": _around(1e-3),
     "lora": _around(2e-3),
     "galore": _around(2e-3),
+    "galore-packaged": _around(2e-3),
     "flora": _around(5e-4),
     "apollo": _around(4e-3, 1e-3),
     "galore-twelfth": _around(4e-3),
+    "galore-twelfth-packaged": _around(4e-3),
     "velora-all-gaussian": _around(2e-3),
     "velora-all-average": _around(2e-3, 5e-4),
     "velora-all-running": _around(2.5e-4, 1e-3, 2e-3),
@@ -94,9 +96,11 @@ LARGER: Pairs = {
     "velora-value-down": _around(5e-4),
     "lora": _around(1e-3),
     "galore": _around(1e-3),
+    "galore-packaged": _around(1e-3),
     "flora": _around(2.5e-4),
     "apollo": _around(1e-3),
     "galore-twelfth": _around(2e-3),
+    "galore-twelfth-packaged": _around(2e-3),
 }
 LONGER: Pairs = {
     "full": _around(1e-3),

@@ -39,7 +39,8 @@ VARIANTS = (
     Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
     Variant("velora-all", "VeLoRA: all", "full"),
     Variant("velora-value-down-apollo", "VeLoRA: v, down, APOLLO on the rest", "full"),
-    Variant("galore-eps", "GaLore, eps of full training", "full"),
+    Variant("galore-packaged", "GaLore, eps of its package", "full"),
+    Variant("galore-twelfth-packaged", "GaLore, rank 1/12, eps of its package", "full"),
     Variant("apollo-eps", "APOLLO, eps of full training", "full"),
     Variant("velora-value-down-signs", "VeLoRA: v, down, random signs", "full"),
     Variant("velora-not-qk-average", "VeLoRA: all but q, k, fixed average", "full"),
@@ -103,7 +104,8 @@ METHODS: dict[str, dict[str, Any]] = {
 ADDITIONS: dict[str, dict[str, Any]] = {
     "8bit": {"optimizer": "adamw_bnb_8bit"},
     "gc": {"gradient_checkpointing": True},
-    "eps": {},  # that of the recipe, instead of `PACKAGED_EPS`
+    "packaged": {"eps": 1e-6},  # that of galore_torch
+    "eps": {"eps": 1e-8},  # that of all but APOLLO
 }
 """Settings of `train`, by the word at the end of a variant's name."""
 
@@ -124,12 +126,9 @@ PROJECTING = {
     "velora-value-down-apollo": "apollo_adamw",
 }
 """Optimizers that keep the state of what is not compressed in a subspace, by variant."""
-PACKAGED_EPS: dict[str, dict[str, Any]] = {
-    "galore_adamw": {"eps": 1e-6},
-    "apollo_adamw": {"eps": 1e-6, "optimizer_settings": {"eps": 1e-8}},
-}
-"""Adam's eps where these optimizers come from (galore_torch, apollo_torch, and transformers for the
-weights that APOLLO projects); everything else has 1e-8, and so have they in variants with -eps."""
+APOLLO_EPS: dict[str, Any] = {"eps": 1e-6, "optimizer_settings": {"eps": 1e-8}}
+"""Adam's eps in apollo_torch, and in transformers for the weights that APOLLO projects; everything
+else has 1e-8. "apollo-eps", which has it everywhere, ends where "apollo" does."""
 RANK_SHARES = {"galore-eighth": 8, "galore-twelfth": 12}
 """The width over the rank; 4 is GaLore's for its smallest model: 128 of 512. With an eighth its
 moments are as large as those of VeLoRA with M = 8, with a twelfth its whole state is, which has
@@ -199,10 +198,11 @@ def method(
     `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers. `own_rank` is
     that of variants without one of `RANK_SHARES`; None: a quarter of the width.
     """
-    rank = WIDTHS[model] // RANK_SHARES.get(variant, 4)
-    if own_rank is not None and variant not in RANK_SHARES:
+    base = without_additions(variant)
+    rank = WIDTHS[model] // RANK_SHARES.get(base, 4)
+    if own_rank is not None and base not in RANK_SHARES:
         rank = own_rank
-    top: dict[str, Any] = {"method": "full", **with_seed(METHODS[without_additions(variant)], seed)}
+    top: dict[str, Any] = {"method": "full", **with_seed(METHODS[base], seed)}
     train: dict[str, Any] = {"optimizer": "adamw_torch_fused", "learning_rate": rates.rest}
     if rates.linear is not None:
         train["learning_rates"] = {ALL_LINEAR: rates.linear}
@@ -211,24 +211,27 @@ def method(
     if variant in FASTER:  # of two patterns that match, the later counts
         twice = 2 * (rates.linear or rates.rest)
         train.setdefault("learning_rates", {})[FASTER[variant]] = twice
-    projected: dict[str, Any] = {"rank": rank, "update_proj_gap": PROJECTION_GAP}
-    for word in variant.split("-"):
-        train |= ADDITIONS.get(word, {})
-    if variant == "lora":
+    if base == "lora":
         top |= {
             "method": "lora",
             "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
         }
-    elif (base := without_additions(variant)) in PROJECTING:
-        optimizer = PROJECTING[base]
-        projected |= {"seed": seed} if optimizer == "flora" else {"scale": scale}
-        own = {} if "eps" in variant.split("-") else PACKAGED_EPS.get(optimizer, {})
+    elif (optimizer := PROJECTING.get(base)) is not None:
+        own = APOLLO_EPS if optimizer == "apollo_adamw" else {}
+        settings = {
+            "rank": rank,
+            "update_proj_gap": PROJECTION_GAP,
+            **({"seed": seed} if optimizer == "flora" else {"scale": scale}),
+            **own.get("optimizer_settings", {}),
+        }
         train |= {
+            **own,
             "optimizer": optimizer,
             "optimizer_targets": ALL_LINEAR,
-            **own,
-            "optimizer_settings": projected | own.get("optimizer_settings", {}),
+            "optimizer_settings": settings,
         }
+    for word in variant.split("-"):
+        train |= ADDITIONS.get(word, {})
     return top, train
 
 
