@@ -63,22 +63,31 @@ def test_the_long_scale_has_more_tokens_and_nothing_else():
     ("model", "ranks"), [("llama-60m", (128, 64, 42)), ("llama-130m", (256, 96, 64))]
 )
 def test_galore_has_its_published_settings(model, ranks):
-    """Its ranks of 512 and 768; a smaller rank has no other rate or scale."""
+    """Its ranks of 512 and 768; a smaller rank has no other rate or scale. Its eps is a variant."""
     for name, rank in zip(("galore", "galore-eighth", "galore-twelfth"), ranks, strict=True):
         train = protocol.paper_recipe(model, name, 0)["train"]
-        assert (train["learning_rate"], train["eps"]) == (1e-2, 1e-6)
+        assert train["learning_rate"] == 1e-2
         assert train["optimizer_settings"] == {"rank": rank, "update_proj_gap": 200, "scale": 0.25}
     assert protocol.paper_recipe(model, "lora", 0)["lora"]["r"] == ranks[0]
+    published = protocol.paper_recipe(model, "galore-packaged", 0)["train"]
+    assert published == {**protocol.paper_recipe(model, "galore", 0)["train"], "eps": 1e-6}
 
 
 def test_what_has_another_eps_says_so():
-    """GaLore and APOLLO have that of their packages, and full training's in two variants."""
+    """APOLLO has that of its package, and GaLore in variants; one of APOLLO has full training's."""
     for name in NAMES:
         train = protocol.local_recipe("llama-3m", name, 0)["train"]
-        packaged = train["optimizer"].startswith(("galore", "apollo")) and "-eps" not in name
+        apollo = train["optimizer"] == "apollo_adamw"
+        packaged = (apollo and "-eps" not in name) or "-packaged" in name
         assert train.get("eps", 1e-8) == (1e-6 if packaged else 1e-8), name
         own = train.get("optimizer_settings", {}).get("eps")
-        assert own == (1e-8 if packaged and "apollo" in name else None), name
+        assert own == (1e-8 if apollo else None), name
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-twelfth"])
+def test_a_variant_has_the_rank_of_what_it_adds_to(name):
+    packaged = protocol.local_recipe("llama-3m", f"{name}-packaged", 0)["train"]
+    assert packaged == {**protocol.local_recipe("llama-3m", name, 0)["train"], "eps": 1e-6}
 
 
 def test_all_methods_see_the_same_windows_model_and_schedule(sources):
