@@ -1,5 +1,4 @@
 import gc
-import sys
 import time
 from collections.abc import Iterator
 
@@ -12,17 +11,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _no_overrides() -> Iterator[None]:
-    """Let bitsandbytes forget which parameters get 32 bits (embeddings, by transformers).
-
-    It knows them by their ids, which parameters of another test may have again.
-    """
-    yield
-    if bitsandbytes := sys.modules.get("bitsandbytes"):
-        bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
 
 
 def _leave_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 
@@ -87,7 +88,8 @@ def optimizer(tmp_path):
     """Makes the optimizer of a tiny recipe."""
 
     def _make(name, *overrides, **train):
-        pytest.importorskip(f"{name.partition('_')[0]}_torch")
+        if not name.startswith("adamw"):
+            pytest.importorskip(f"{name.partition('_')[0]}_torch")
         model, rows = tiny.save_model(tmp_path / "model"), tiny.save_rows(tmp_path / "rows.jsonl")
         train |= {"optimizer": name, "optimizer_settings": {"rank": 4, **train.pop("more", {})}}
         written = tiny.recipe_dict(model, rows, tmp_path / "run", dtype="float32", train=train)
@@ -137,6 +139,29 @@ def test_so_have_those_that_train_layer_by_layer_or_are_no_adam(optimizer, name)
         assert group["weight_decay"] == (0.0 if "norm" in weight else 0.1), weight
         if "adamw" in name:
             assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10), weight
+
+
+def test_8_bit_states_of_one_model_do_not_depend_on_another(optimizer):
+    """bitsandbytes has one list of the embeddings, which get 32 bits, for all of a process."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def bits_of(model, made):
+        made.check_overrides()  # as its first step does
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        return {
+            name_of[id(p)]: made.get_config(index, place, group)["optim_bits"]
+            for index, group in enumerate(made.param_groups)
+            for place, p in enumerate(group["params"])
+        }
+
+    def expected(model):
+        return {name: 32 if "embed" in name else 8 for name, _ in model.named_parameters()}
+
+    plain = partial(optimizer, "adamw_bnb_8bit", "velora=null")
+    first, second = plain(), plain(learning_rates={".*embed_tokens": 1e-4})  # another place
+    for model, made in (first, second, first):
+        assert bits_of(model, made) == expected(model)
+    assert not bnb.optim.GlobalOptimManager.get_instance().module_weight_config_triple
 
 
 def test_projectors_go_where_their_matrices_are():

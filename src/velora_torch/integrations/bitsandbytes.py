@@ -38,6 +38,27 @@ def overrides(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
     raise AssertionError("the parameter is not in the optimizer")
 
 
+def take_overrides(optimizer: Optimizer, model: nn.Module) -> None:
+    """Give an optimizer the settings of its model's parameters to keep, which others then lack.
+
+    Transformers asks bitsandbytes for 32-bit states of embeddings. One manager in the process has
+    them for good, the embeddings with them, and then goes by a parameter's place in the groups:
+    when another model is trained, what has the place of an embedding there gets 32 bits too.
+    """
+    loaded: Any = sys.modules.get("bitsandbytes.optim")
+    if loaded is None or not isinstance(optimizer, loaded.optimizer.Optimizer8bit):
+        return
+    shared = loaded.GlobalOptimManager.get_instance()
+    if optimizer.mng is not shared:
+        return
+    own = loaded.GlobalOptimManager.__new__(loaded.GlobalOptimManager)
+    own.initialize()
+    modules, asked = set(model.modules()), shared.module_weight_config_triple
+    own.module_weight_config_triple = [one for one in asked if one[0] in modules]
+    shared.module_weight_config_triple = [one for one in asked if one[0] not in modules]
+    optimizer.mng = own
+
+
 def scale_quantised_(state: dict[str, Any], name: str, factor_G: Tensor) -> None:
     """Multiply the columns of a blockwise 8-bit state (O x G) by ``factor`` and quantise again."""
     from bitsandbytes import functional as F

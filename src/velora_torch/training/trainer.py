@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from velora_torch.integrations.bitsandbytes import take_overrides
 from velora_torch.integrations.sharded_trainer import ShardedTrainerMixin, widen_biases
 from velora_torch.integrations.tensor_parallel_trainer import TensorParallelTrainerMixin
 from velora_torch.integrations.transformers import VeloraTrainerMixin
@@ -87,6 +88,7 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)
+        take_overrides(optimizer, self.model)
         if self.policy is not None and self.policy.optimizer.startswith(("galore", "apollo")):
             decayed = self.get_decay_parameter_names(self.model)
             give_settings(optimizer, self.model, self.policy, decayed)
