@@ -147,7 +147,8 @@ def explain(
     ],
     batch: Annotated[int, typer.Option(min=1, help="Sequences or images of a batch.")] = 1,
     seq: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
+        int | None,
+        typer.Option(min=1, help="Tokens of a sequence; by default the model's own, at most 1024."),
     ] = None,
     targets: Annotated[
         list[str] | None, typer.Option(help="Layers to compress; may be repeated.")
@@ -195,7 +196,8 @@ def plan(
         int, typer.Option(min=1, help="Sequences or images of a batch, per rank.")
     ] = 1,
     seq: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a sequence; the model's own by default.")
+        int | None,
+        typer.Option(min=1, help="Tokens of a sequence; by default the model's own, at most 1024."),
     ] = None,
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="Search the largest batch that fits.")

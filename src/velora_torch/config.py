@@ -118,7 +118,8 @@ class VeloraConfig:
         """The settings that measured best for a purpose (docs/results).
 
         Args:
-            purpose: ``"lora"``, the adapters of PEFT's LoRA, on a quantised base or not;
+            purpose: ``"lora"``, the adapters of PEFT's LoRA (at LoRA's own learning rate it costs
+                accuracy on images and on a quantised base, docs/results/fine-tuning.md);
                 ``"full"``, full-parameter fine-tuning; ``"pretrain"``, from random weights with
                 little memory; in longer runs full training pulls away from it
                 (docs/results/pretraining.md).

@@ -60,7 +60,8 @@ def projectors_allowed(path: Path) -> Iterator[None]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (*_FAILURES, OSError):
         names = []  # whoever loads it says what is wrong
-    with torch.serialization.safe_globals([_class(name) for name in names if name in PROJECTORS]):
+    classes = [_class(name) for name in names if name in PROJECTORS]
+    with torch.serialization.safe_globals([kind for kind in classes if kind is not None]):
         yield
 
 
@@ -85,8 +86,12 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _class(name: str) -> Any:
+    """The class of that name; None where its package is not installed."""
     module, _, own = name.rpartition(".")
-    return getattr(importlib.import_module(module), own)
+    try:
+        return getattr(importlib.import_module(module), own)
+    except ImportError:
+        return None
 
 
 def _reason(error: Exception) -> str:

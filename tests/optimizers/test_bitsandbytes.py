@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import velora_torch as velora
+from velora_torch.integrations.bitsandbytes import take_overrides
 
 from .dense import PaperLinear, step, trainable
 
@@ -34,6 +35,16 @@ def overriding(monkeypatch):
     monkeypatch.setattr(manager, "pid2config", {})
     monkeypatch.setattr(manager, "index2config", {})
     return manager
+
+
+def test_settings_of_its_parameters_come_along(overriding):
+    one, other = nn.Linear(64, 64), nn.Linear(64, 64)
+    for model in (one, other):
+        overriding.override_config(model.weight, "optim_bits", 32)
+    optimizer = bnb.AdamW8bit(one.parameters())
+    take_overrides(optimizer, one)
+    assert set(optimizer.mng.pid2config) == {id(one.weight)}
+    assert set(overriding.pid2config) == {id(one.weight), id(other.weight)}
 
 
 class Net(nn.Module):

@@ -67,15 +67,20 @@ def test_the_momentum_is_small():
     assert sum(v.numel() for v in state.values() if torch.is_tensor(v)) == 64 * 4 + 64 + 128
 
 
-def test_a_resumed_run_goes_on(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_goes_on(dtype):
+    """States stay float32, whatever the weights are."""
+
     def model_and_optimizer():
         torch.manual_seed(0)
-        weight = nn.Parameter(torch.randn(5, 6))
-        return weight, Flora([{"params": [weight], "rank": 2, "update_proj_gap": 2}])
+        weights = [nn.Parameter(torch.randn(5, 6, dtype=dtype)) for _ in range(2)]
+        projected = {"params": weights[:1], "rank": 2, "update_proj_gap": 2}
+        return weights, Flora([projected, {"params": weights[1:]}])
 
-    def go(weight, optimizer, steps):
+    def go(weights, optimizer, steps):
         for step in steps:
-            weight.grad = torch.full_like(weight, float(step + 1)).tril()
+            for weight in weights:
+                weight.grad = torch.full_like(weight, float(step + 1) / 3).tril()
             optimizer.step()
 
     whole, optimizer = model_and_optimizer()
@@ -83,10 +88,17 @@ def test_a_resumed_run_goes_on(tmp_path):
     first, optimizer = model_and_optimizer()
     go(first, optimizer, range(3))
     second, again = model_and_optimizer()
-    second.data.copy_(first.data)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for mine, its in zip(second, first, strict=True):
+        mine.data.copy_(its.data)
+    saved = optimizer.state_dict()
+    again.load_state_dict(saved)
+    kept = copy.deepcopy(saved["state"])
     go(second, again, range(3, 6))
-    assert torch.equal(whole, second)
+    for mine, its in zip(whole, second, strict=True):
+        assert torch.equal(mine, its)
+    for number, state in kept.items():  # what was saved is not written to
+        for name, value in state.items():
+            assert not torch.is_tensor(value) or torch.equal(value, saved["state"][number][name])
 
 
 def test_a_rank_of_nothing_is_refused():

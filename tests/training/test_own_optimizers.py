@@ -57,6 +57,12 @@ def test_a_pattern_chooses():
     assert len(projected(gpt2(), optimizer_targets=["c_fc"])) == 2
 
 
+def test_dense_gradients_of_compressed_layers_are_projected():
+    for model, layers in ((llama(), 15), (gpt2(), 8)):
+        velora.compress(model, velora.VeloraConfig(num_groups=4, gradient="dense"))
+        assert len(projected(model)) == layers
+
+
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(
         OptimizerError,
@@ -125,20 +131,36 @@ def test_projected_weights_may_have_an_eps_of_their_own(optimizer):
 
 
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
-@pytest.mark.parametrize(
-    "name", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "galore_adafactor"]
-)
-def test_so_have_those_that_train_layer_by_layer_or_are_no_adam(optimizer, name):
-    train = {"betas": [0.8, 0.95], "eps": 1e-10, "weight_decay": 0.1}
-    model, made = optimizer(name, "velora=null", **train)
+def test_one_that_is_no_adam_has_the_decay_of_the_recipe(optimizer):
+    model, made = optimizer("galore_adafactor", "velora=null", weight_decay=0.1)
     name_of = {id(p): name for name, p in model.named_parameters()}
-    parts = list(getattr(made, "optimizer_dict", {}).values()) or [made]
-    groups = [(g, name_of[id(p)]) for part in parts for g in part.param_groups for p in g["params"]]
+    groups = [(group, name_of[id(p)]) for group in made.param_groups for p in group["params"]]
     assert len(groups) == len(name_of)
     for group, weight in groups:
         assert group["weight_decay"] == (0.0 if "norm" in weight else 0.1), weight
-        if "adamw" in name:
-            assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10), weight
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+def test_galore_with_8_bits_neither_clips_updates_nor_skips_zeros(optimizer):
+    pytest.importorskip("bitsandbytes")
+    _, made = optimizer("galore_adamw_8bit", "velora=null")
+    assert (made.args.max_unorm, made.args.skip_zeros) == (0.0, False)
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+def test_projecting_nothing_that_trains_is_refused(optimizer, name):
+    """Transformers takes what is compressed for projected."""
+    targets = {"optimizer_targets": [".*down_proj"]}
+    with pytest.raises(OptimizerError, match="would project nothing that trains"):
+        optimizer(name, "velora.targets=[down_proj]", **targets)
+    optimizer(name, "velora.targets=[down_proj]", "velora.gradient=dense", **targets)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_those_that_step_in_the_backward_pass_are_refused(name):
+    with pytest.raises(OptimizerError, match=f"; use {name.removesuffix('_layerwise')}$"):
+        check_optimizer(section(name, rank=4))
 
 
 def test_8_bit_states_of_one_model_do_not_depend_on_another(optimizer):
@@ -185,6 +207,16 @@ def test_settings_that_an_optimizer_does_not_have_are_refused():
     with pytest.raises(OptimizerError, match="galore_adafactor has no setting 'eps'"):
         check_optimizer(section("galore_adafactor", eps=1e-9))
     check_optimizer(section("adamw_torch", anything=4))
+    for setting, value, wanted in (
+        ("rank", "abc", "a whole number, at least 1"),
+        ("rank", 0, "a whole number, at least 1"),
+        ("eps", "small", "a number above 0"),
+        ("scale_type", "chanel", "one of channel, tensor"),
+        ("proj", "foo", "one of random, svd"),
+        ("proj_type", "foo", "one of std, "),
+    ):
+        with pytest.raises(OptimizerError, match=f"settings.{setting} is {value!r}.*{wanted}"):
+            check_optimizer(section("apollo_adamw", **{setting: value}))
     with pytest.raises(OptimizerError, match="flora needs rank"):
         check_optimizer(section("flora", update_proj_gap=4))
 

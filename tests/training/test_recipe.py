@@ -16,6 +16,7 @@ from velora_torch.training.recipe import (
     load_recipe,
     recipe_to_yaml,
 )
+from velora_torch.training.schema import PEFT_METHODS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALL = """\
@@ -59,6 +60,18 @@ def test_values_defaults_and_derived_settings(write):
 def test_velora_is_on_by_default_and_null_turns_it_off(write):
     assert load_recipe(write("data: {train: trec}\n")).velora == VeloraSection()
     assert load_recipe(write(SMALL), ["velora=null"]).velora is None
+
+
+def test_adapters_have_the_settings_that_compress_takes_by_itself(write):
+    text = "method: {}\ndata: {{train: trec}}\n"
+    for method in PEFT_METHODS:
+        velora = load_recipe(write(text.format(method))).velora
+        assert VeloraConfig(**velora.to_kwargs()) == VeloraConfig.recommended("lora")
+        given = load_recipe(write(text.format(method)), ["velora={}"]).velora
+        assert given == VeloraSection()
+    planned = load_recipe(write(text.format("lora")), ["memory_budget=8GiB"])
+    assert "velora" not in planned.model_fields_set  # which the budget chooses
+    assert load_recipe(write(text.format("linear-probe"))).velora is None
 
 
 def test_the_velora_section_mirrors_the_config():

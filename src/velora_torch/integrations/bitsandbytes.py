@@ -53,10 +53,23 @@ def take_overrides(optimizer: Optimizer, model: nn.Module) -> None:
         return
     own = loaded.GlobalOptimManager.__new__(loaded.GlobalOptimManager)
     own.initialize()
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own.pid2config = {key: value for key, value in shared.pid2config.items() if key in known}
     modules, asked = set(model.modules()), shared.module_weight_config_triple
     own.module_weight_config_triple = [one for one in asked if one[0] in modules]
     shared.module_weight_config_triple = [one for one in asked if one[0] not in modules]
     optimizer.mng = own
+
+
+def clip_nothing(optimizer: Any) -> None:
+    """Let an 8-bit optimizer neither clip updates nor skip zeros.
+
+    galore_torch gives what were percentile clipping and blocks by place, where bitsandbytes has
+    these two from 0.50 on: weights that begin as zeros would stay so.
+    """
+    loaded: Any = sys.modules.get("bitsandbytes.optim")
+    if loaded is not None and isinstance(optimizer, loaded.optimizer.Optimizer8bit):
+        optimizer.args.max_unorm, optimizer.args.skip_zeros = 0.0, False
 
 
 def scale_quantised_(state: dict[str, Any], name: str, factor_G: Tensor) -> None:

@@ -76,11 +76,13 @@ class VeloraTrainerMixin:
         self._load_compressed(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with projectors_allowed(Path(checkpoint or "") / OPTIMIZER_NAME):
+        if checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None:
-            projectors_to_devices(self.optimizer)
-        if self.is_deepspeed_enabled and checkpoint is not None:  # whose engine loaded the rest
+            return
+        with projectors_allowed(Path(checkpoint) / OPTIMIZER_NAME):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        projectors_to_devices(self.optimizer)
+        if self.is_deepspeed_enabled:  # whose engine loaded the rest
             self._load_compressed(checkpoint)
 
     def _load_best_model(self) -> None:

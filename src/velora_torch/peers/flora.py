@@ -15,6 +15,7 @@ Legend: m x n weight W, gradient G, r rank, κ `update_proj_gap`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,6 +55,16 @@ class Flora(Optimizer):
                 raise ValueError(f"rank must be at least 1, got {rank}")
             group.setdefault("update_proj_gap", 200)
             group.setdefault("seed", number)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state in float32, where torch would give it the type of the weights."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, p in zip(saved, own, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -44,7 +44,7 @@ def check_weights(model: nn.Module, when: str) -> None:
     if weights:
         raise NonFiniteError(
             f"{when}: {len(weights)} weights are not finite, such as {weights[0]}; they are not "
-            f"saved, and the checkpoints before stay. {ADVICE}"
+            f"saved, and checkpoints before stay, if train.save_every has any written. {ADVICE}"
         )
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from velora_torch.adapters.targets import is_leaf_linear
+from velora_torch.integrations.bitsandbytes import clip_nothing
+from velora_torch.layers.conv1d import CompressedConv1D
 from velora_torch.training.recipe import RecipeError
 from velora_torch.training.sections import TrainSection
 
@@ -21,6 +23,7 @@ OWN_OPTIMIZERS = ("flora",)
 """Names that `train.optimizer` takes besides those of transformers."""
 COMMON = ("adamw_torch", "adamw_torch_fused")
 """Names that need no asking: importing transformers' list takes longer than most checks."""
+LAYERWISE = "_layerwise"
 _LOW_RANK = ("rank", "update_proj_gap", "scale", "proj_type", "eps")
 SETTINGS = {
     "flora": ("rank", "update_proj_gap", "seed"),
@@ -28,6 +31,10 @@ SETTINGS = {
     "apollo": (*_LOW_RANK, "proj", "scale_type"),
 }
 """Settings of optimizers whose names begin so; `eps` is that of the projected weights alone."""
+SIDES = ("std", "reverse_std", "left", "right", "full")
+WORDS = {"proj": ("random", "svd"), "scale_type": ("channel", "tensor"), "proj_type": SIDES}
+"""What settings that are words may be."""
+COUNTS = ("rank", "update_proj_gap")
 
 
 class OptimizerError(ValueError):
@@ -42,10 +49,14 @@ def check_optimizer(train: TrainSection) -> None:
         OptimizerError: it lacks settings, or has others than its own.
     """
     check_settings(train)
-    if train.optimizer in OWN_OPTIMIZERS:
+    if train.optimizer in (*OWN_OPTIMIZERS, *COMMON):
         return
-    if train.optimizer in COMMON:
-        return
+    if train.optimizer.endswith(LAYERWISE):
+        raise OptimizerError(
+            f"train.optimizer: {train.optimizer} steps inside of the backward pass, where neither "
+            "the schedule, clipping, rates of layers nor a resumed run reach it; use "
+            f"{train.optimizer.removesuffix(LAYERWISE)}"
+        )
     from transformers.training_args import OptimizerNames
 
     names = [*OWN_OPTIMIZERS, *(name.value for name in OptimizerNames)]
@@ -70,10 +81,25 @@ def check_settings(train: TrainSection) -> None:
                 f"train.optimizer_settings: {train.optimizer} has no setting {unknown[0]!r}; "
                 f"there are: {', '.join(known)}"
             )
+        for name, value in train.optimizer_settings.items():
+            _check_value(name, value)
     if train.optimizer in OWN_OPTIMIZERS and "rank" not in train.optimizer_settings:
         raise OptimizerError(
             f"train.optimizer_settings: {train.optimizer} needs rank, such as {{rank: 64}}"
         )
+
+
+def _check_value(name: str, value: float | str) -> None:
+    if name in WORDS:
+        fits, wanted = value in WORDS[name], f"one of {', '.join(WORDS[name])}"
+    elif name in COUNTS:
+        fits, wanted = isinstance(value, int) and value >= 1, "a whole number, at least 1"
+    elif name == "seed":
+        fits, wanted = isinstance(value, int) and value >= 0, "a whole number, at least 0"
+    else:
+        fits, wanted = not isinstance(value, str) and value > 0, "a number above 0, such as 1.0e-8"
+    if not fits:
+        raise OptimizerError(f"train.optimizer_settings.{name} is {value!r}; it has to be {wanted}")
 
 
 def own_optimizer(model: nn.Module, train: TrainSection, decayed: list[str]) -> Optimizer:
@@ -115,22 +141,26 @@ def give_settings(
         model: what it trains.
         train: the settings.
         decayed: names of the parameters with weight decay.
+
+    Raises:
+        OptimizerError: nothing of what trains is projected.
     """
+    projected = [p for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+    if not any(p.requires_grad for p in projected):
+        raise OptimizerError(
+            f"train.optimizer: {train.optimizer} would project nothing that trains, since no "
+            "nn.Linear among train.optimizer_targets trains its weight (compressed ones train "
+            "coefficients, unless gradient: dense; a head that is tied to an embedding is that); "
+            "use adamw_torch"
+        )
+    clip_nothing(optimizer)
     named = set(decayed)
     decaying = {id(p) for name, p in model.named_parameters() if name in named}
-    of_layers = getattr(optimizer, "optimizer_dict", {}).values()  # of one that trains by layers
-    for one in (optimizer, *of_layers):
-        _give_settings(one, train, decaying)
-
-
-def _give_settings(optimizer: Optimizer, train: TrainSection, decaying: set[int]) -> None:
     for group in list(optimizer.param_groups):
         if "betas" in group:  # GaLore's Adafactor has none, and two eps of another kind
             own = train.optimizer_settings.get("eps") if "rank" in group else None
             group["betas"] = tuple(train.betas)
             group["eps"] = float(train.eps if own is None else own)
-        if "weight_decay" not in group:  # the stand-in for those of the layers
-            continue
         group["weight_decay"] = 0.0
         decays = [p for p in group["params"] if id(p) in decaying]
         if train.weight_decay and decays:
@@ -147,7 +177,8 @@ def _projected(model: nn.Module, train: TrainSection) -> set[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if is_leaf_linear(module) and f"{name}.weight" in trained
+        if (is_leaf_linear(module) or isinstance(module, CompressedConv1D))
+        and f"{name}.weight" in trained
     ]
     if not linear:
         raise OptimizerError(

@@ -98,7 +98,8 @@ class Recipe(Section):
     memory_budget: str | Positive | None = None
     """Such as 24GiB: settings that save memory and are not given are chosen so that it fits."""
     velora: VeloraSection | None = Field(default_factory=VeloraSection)
-    """Compression; null trains without."""
+    """Compression; null trains without. Not given: the settings recommended for PEFT's adapters,
+    nothing with linear-probe, the paper's with the other methods."""
     lora: LoraSection | None = None
     """PEFT's adapters, for the methods that have them."""
     hydra: HydraSection | None = None
@@ -149,8 +150,17 @@ class Recipe(Section):
             self.hydra = HydraSection()
         if method == "qlora" and self.quantization is None:
             self.quantization = QuantizationSection()
-        if method == "linear-probe" and "velora" not in self.model_fields_set:
+        return self
+
+    @model_validator(mode="after")
+    def _velora_of_the_method(self) -> Self:
+        """What `compress(model)` takes, where nothing is said; a budget chooses by itself."""
+        if "velora" in self.model_fields_set or self.memory_budget is not None:
+            return self
+        if self.method == "linear-probe":
             self.velora = None  # nothing to compress
+        elif self.method in PEFT_METHODS:
+            self.velora = VeloraSection(recommended="lora")
         return self
 
     @model_validator(mode="after")

@@ -329,7 +329,7 @@ class TrainSection(Section):
     eval_every: Positive | None = None
     """Steps between evaluations of the loss; null: only before and after."""
     save_every: Positive | None = None
-    """Steps between checkpoints; null: only at the end."""
+    """Steps between checkpoints; null: none but the trained model at the end."""
     keep: Positive = 2
     """Checkpoints to keep."""
     shard_checkpoints: bool = False

@@ -18,6 +18,9 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers that compute each entry by itself: ZeRO steps flat pieces that are no matrices."""
 ONE_BY_ONE = tuple(name for name in ELEMENTWISE if name != "adamw_torch_fused")
 """Those of them that can take parameters one by one, where only some are split."""
+NOT_SHARDED = ("galore", "apollo", "flora", "8bit", "bnb", "paged", "lion")
+"""Words in names of optimizers that need whole matrices or are bitsandbytes', whose states have no
+rows."""
 SPLIT_METHODS = ("full",)
 TORCHRUN = "torchrun --nproc-per-node N -m velora_torch train ..."
 LAUNCHED = "ACCELERATE_USE_DEEPSPEED"
@@ -90,9 +93,15 @@ def check_trained(strategy: Strategy, recipe: Recipe) -> None:
     Raises:
         ValueError: says what to write instead.
     """
+    optimizer = recipe.train.optimizer
+    if strategy == "fsdp2" and any(word in optimizer for word in NOT_SHARDED):
+        raise ValueError(
+            f"--strategy fsdp2 gives each process rows of the parameters, and train.optimizer "
+            f"{optimizer!r} needs them whole: use one of {', '.join(ELEMENTWISE)}, or "
+            f"--strategy ddp"
+        )
     if not zero_stage(strategy):
         return
-    optimizer = recipe.train.optimizer
     if optimizer not in ELEMENTWISE:
         raise ValueError(
             f"--strategy {strategy} steps flat pieces of the parameters, and train.optimizer "

@@ -161,6 +161,7 @@ def test_a_plan_of_shards_fits_where_the_whole_does_not():
             "Choose another optimizer",
         ),
         ({"gpus": 2, "strategy": "fsdp2", "optimizer": "galore_adamw"}, "whole gradients"),
+        ({"gpus": 2, "strategy": "fsdp2", "optimizer": "adamw_8bit"}, "states have no rows"),
     ],
 )
 def test_what_ranks_there_are_not(choices: dict[str, Any], message: str):

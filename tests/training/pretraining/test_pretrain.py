@@ -362,6 +362,25 @@ def test_sources_are_checked_before_anything_is_read(recipe, tmp_path, monkeypat
         check_sources(recipe(data={"train": "allenai/c5"}))
 
 
+def test_a_copy_of_the_text_is_not_held_out(recipe, tmp_path):
+    """Also where the two are read to different lengths."""
+    made = recipe("train.tokens=256")
+    copied = tmp_path / "copy.jsonl"
+    copied.write_bytes(Path(made.data.train).read_bytes())
+    made.data.eval = str(copied)
+    with pytest.raises(DataError, match="the text that is held out is the text to train on"):
+        go(made)
+
+
+def test_empty_text_is_named(recipe, tmp_path):
+    made = recipe()
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    made.data.eval = str(empty)
+    with pytest.raises(DataError, match=r"empty\.jsonl: there is no document in it"):
+        go(made)
+
+
 def test_too_little_text_is_told(recipe, tmp_path):
     short = texts.save_jsonl(tmp_path / "short.jsonl", ["a few words"] * 3 + ["others"] * 3)
     with pytest.raises(DataError, match=r"are needed at least|no document is"):

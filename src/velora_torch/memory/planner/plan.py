@@ -16,9 +16,14 @@ from velora_torch.memory.planner.budget import gib, parse_budget
 from velora_torch.memory.planner.candidates import Candidate, source_of
 from velora_torch.memory.planner.largest import TOKENS, Axis, ranked, verified
 from velora_torch.memory.planner.predictor import SAMPLE, Predictor, Size
-from velora_torch.memory.planner.ranks import Layout, Ranks
+from velora_torch.memory.planner.ranks import NOT_SHARDED, Layout, Ranks
 from velora_torch.memory.planner.search import Search
-from velora_torch.memory.planner.space import SAVINGS, Holdings, make_space
+from velora_torch.memory.planner.space import (
+    DEFAULT_OPTIMIZERS,
+    SAVINGS,
+    Holdings,
+    make_space,
+)
 from velora_torch.memory.simulator.architecture import Architecture, resolve
 from velora_torch.memory.simulator.setup import Setup, dtype_named
 from velora_torch.memory.simulator.simulate import Model, Simulation
@@ -153,6 +158,8 @@ def plan(
     if architecture.depth is not None and architecture.depth > SAMPLE:
         sample = _prepared(architecture, base, dtype, SAMPLE)
     blocks = max((len(blocks) for _, blocks in checkpointable(whole)), default=0)
+    if optimizers is None and ranks.shards:
+        optimizers = [name for name in DEFAULT_OPTIMIZERS if name not in NOT_SHARDED]
     space = make_space(sample, blocks, base, optimizers, fixed)
     predictor = Predictor(architecture, dtype, device, loss, ranks)
     search = Search(space, predictor, whole, holdings, size, limit)

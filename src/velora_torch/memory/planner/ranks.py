@@ -45,6 +45,11 @@ from velora_torch.memory.simulator.tracker import BLOCK, ByCategory
 
 STRATEGIES = ("ddp", "fsdp2")
 OPTIMIZER = "optimizer"
+NOT_SHARDED = {
+    "galore_adamw": "it projects whole gradients",
+    "adamw_8bit": "bitsandbytes' states have no rows",
+}
+"""Optimizers that ``fsdp2`` can't shard, and why."""
 """The segment of the optimizer's step."""
 
 
@@ -90,11 +95,12 @@ class Ranks:
                 "no plan for strategy fsdp2 with method qlora: packed 4-bit weights are not "
                 "sharded by rows. Choose method lora, or strategy ddp"
             )
-        if self.shards and "galore_adamw" in optimizers:
-            raise ValueError(
-                "no plan for strategy fsdp2 with galore_adamw: it projects whole gradients. "
-                "Choose another optimizer, or strategy ddp"
-            )
+        for name, why in NOT_SHARDED.items():
+            if self.shards and name in optimizers:
+                raise ValueError(
+                    f"no plan for strategy fsdp2 with {name}: {why}. Choose another optimizer, or "
+                    "strategy ddp"
+                )
 
 
 def shard_rows(rows: int, ranks: int, rank: int = 0) -> int:

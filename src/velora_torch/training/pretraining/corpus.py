@@ -70,12 +70,29 @@ def documents(data: DataSection, side: Side) -> Iterator[str]:
     found = islice(_all(data, side), limit)
     first = next(found, None)
     if first is None:
-        what = "to train on; lower data.eval_fraction"
-        if side == "eval":
-            what = "held out; raise data.eval_fraction, or name other text with data.eval"
-        raise DataError(f"{data.train}: no document is {what}")
+        raise DataError(f"{source_of(data, side)}: {_why_empty(data, side)}")
     yield first
     yield from found
+
+
+def source_of(data: DataSection, side: Side) -> str:
+    """The name of the text that a side is read from."""
+    return data.eval if side == "eval" and data.eval is not None else data.train
+
+
+def is_split(data: DataSection) -> bool:
+    """Whether what is held out are documents of the text to train on."""
+    return data.eval is None and data.eval_split is None
+
+
+def _why_empty(data: DataSection, side: Side) -> str:
+    if not is_split(data):
+        return "there is no document in it"
+    if side == "eval":
+        return (
+            "no document is held out; raise data.eval_fraction, or name other text with data.eval"
+        )
+    return "no document is to train on; lower data.eval_fraction"
 
 
 def identity(data: DataSection) -> dict[str, Any]:
@@ -113,10 +130,10 @@ def _all(data: DataSection, side: Side) -> Iterator[str]:
     numbered: Iterator[tuple[int, str]] = ((_hash(text, data), text) for text in texts)
     if data.shuffle:
         numbered = _shuffled(numbered)
-    is_split = data.eval is None and data.eval_split is None
+    split = is_split(data)
     held_out_below = data.eval_fraction * 2**64
     for number, text in numbered:
-        if not is_split or (number < held_out_below) == (side == "eval"):
+        if not split or (number < held_out_below) == (side == "eval"):
             yield text
 
 
