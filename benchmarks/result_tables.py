@@ -54,9 +54,9 @@ PRE_TRAINED = (
 """Variants in the README, those with their package's eps only in place of the others;
 docs/results/pretraining.md has them all."""
 _PROJECTED = ("galore", "apollo", "flora")
-_BOTH = ("galore", "galore-packaged")
-_BOTH_TWELFTHS = ("galore-twelfth", "galore-twelfth-packaged")
 _ALL = ("full", "velora-all", *_PROJECTED)
+_LARGER = ("galore-packaged", "apollo", "flora")
+"""Peers on the larger model, whose GaLore still has its package's eps, rank 1/12 excepted."""
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
@@ -68,10 +68,9 @@ PAIRED = (
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-value-down", ("full",)),
-    ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_BOTH, "apollo", "flora")),
-    ("local", "llama-15m", "velora-all", ("full", *_BOTH, *_BOTH_TWELFTHS, "apollo", "flora")),
-    ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-packaged", *_BOTH_TWELFTHS)),
-    ("local", "llama-15m", "galore", ("full", "galore-packaged")),
+    ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_LARGER)),
+    ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_LARGER)),
+    ("local", "llama-15m", "velora-all-fixed", ("full", "velora-all", "galore-twelfth", *_LARGER)),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-all-m4-8bit", ("full", "flora")),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),

@@ -291,6 +291,17 @@ def test_it_needs_processes_and_deepspeed(monkeypatch):
         strategies.chosen("zero1")
 
 
+@pytest.mark.parametrize(
+    "name", ["galore_adamw", "apollo_adamw", "flora", "adamw_bnb_8bit", "paged_adamw_32bit"]
+)
+def test_optimizers_that_cannot_be_sharded_are_refused(place, name):
+    settings = [] if "adamw_" in name else ["train.optimizer_settings={rank: 4}"]
+    given = [*overrides(place, "sharded"), f"train.optimizer={name}", *settings]
+    with pytest.raises(ValueError, match=rf"fsdp2 gives .*{name}.*adamw_torch.*--strategy ddp"):
+        go(place / "recipe.yaml", "fsdp2", given)
+    assert not (place / "sharded").exists()
+
+
 def test_recipes_that_it_cannot_train_are_refused(place):
     given = [*overrides(place, "refused"), "train.optimizer=adafactor"]
     with pytest.raises(ValueError, match=r"flat pieces .*adafactor.*adamw_torch"):
