@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from velora_torch.training.recipe import load_recipe
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -53,6 +55,17 @@ def test_results_are_those_of_the_rows(tables):
             f"{page}: its tables are older than the rows: "
             "python benchmarks/result_tables.py --write"
         )
+
+
+def test_the_page_of_recipes_has_todays_keys(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert importlib.import_module("recipe_keys").with_keys(page) == page, (
+        "older than the sections: python benchmarks/recipe_keys.py --write"
+    )
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
+    assert load_recipe(tmp_path / "example.yaml").task == "text-classification"
 
 
 def test_results_need_their_place(tables):
