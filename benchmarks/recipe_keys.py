@@ -1,7 +1,9 @@
 """The keys of a recipe in docs/recipes.md, made from the sections that check them.
 
-python benchmarks/recipe_keys.py            # print them
-python benchmarks/recipe_keys.py --write    # put them between the marks of the page
+    python benchmarks/recipe_keys.py            # print them
+    python benchmarks/recipe_keys.py --write    # put them between the marks of the page
+
+What stands around them is written by hand.
 """
 
 from __future__ import annotations

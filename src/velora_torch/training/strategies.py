@@ -18,9 +18,12 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers that compute each entry by itself: ZeRO steps flat pieces that are no matrices."""
 ONE_BY_ONE = tuple(name for name in ELEMENTWISE if name != "adamw_torch_fused")
 """Those of them that can take parameters one by one, where only some are split."""
-NOT_SHARDED = ("galore", "apollo", "flora", "8bit", "bnb", "paged", "lion")
-"""Words in names of optimizers that need whole matrices or are bitsandbytes', whose states have no
-rows."""
+NOT_SHARDED = (
+    *("galore", "apollo", "flora"),
+    *("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb"),
+)
+"""How names of optimizers begin that need whole matrices, or are bitsandbytes', whose states have
+no rows."""
 SPLIT_METHODS = ("full",)
 TORCHRUN = "torchrun --nproc-per-node N -m velora_torch train ..."
 LAUNCHED = "ACCELERATE_USE_DEEPSPEED"
@@ -94,7 +97,7 @@ def check_trained(strategy: Strategy, recipe: Recipe) -> None:
         ValueError: says what to write instead.
     """
     optimizer = recipe.train.optimizer
-    if strategy == "fsdp2" and any(word in optimizer for word in NOT_SHARDED):
+    if strategy == "fsdp2" and optimizer.startswith(NOT_SHARDED):
         raise ValueError(
             f"--strategy fsdp2 gives each process rows of the parameters, and train.optimizer "
             f"{optimizer!r} needs them whole: use one of {', '.join(ELEMENTWISE)}, or "
