@@ -25,6 +25,7 @@ from velora_torch.memory.planner.space import Holdings, layer_sets
 from velora_torch.memory.simulator.architecture import resolve
 from velora_torch.memory.simulator.setup import Setup
 from velora_torch.memory.simulator.simulate import SimulationError, simulate
+from velora_torch.memory.simulator.simulation import Coarseness
 
 from ... import tiny_models
 
@@ -209,6 +210,26 @@ def test_equal_costs_put_exact_gradients_first():
     tied = [c for c in made.candidates if round(c.step_cost, 2) == 1]
     assert len(tied) > 1
     assert [c.setup.velora is None for c in tied] == [True] + [False] * (len(tied) - 1)
+    # What is compressed has the settings recommended for adapters.
+    recommended = VeloraConfig.recommended("lora", track_delta=False)
+    for candidate in tied[1:]:
+        assert candidate.setup.velora is not None
+        assert replace(candidate.setup.velora, targets="all-linear") == recommended
+
+
+def test_equal_costs_put_the_gradient_first_that_drops_least():
+    (whole,) = planned("1GiB", velora=None, checkpoint_every=None).candidates
+
+    def dropping(kept: int, peak: int) -> Candidate:
+        simulation = replace(
+            whole.simulation, coarseness=Coarseness(100, 200, kept), peak_bytes=peak
+        )
+        return replace(whole, simulation=simulation)
+
+    gentle, strong = dropping(25, 2), dropping(6, 1)
+    ranked = sorted([strong, gentle, whole], key=lambda c: c.rank((whole.setup.optimizer,)))
+    assert ranked == [whole, gentle, strong]
+    assert gentle.coarseness.dropped == 0.375
 
 
 def test_nothing_fits():

@@ -136,13 +136,13 @@ class Candidate:
     def rank(self, optimizers: tuple[str, ...]) -> tuple[Any, ...]:
         """What candidates are sorted by: the largest size if searched, then the fastest.
 
-        Among those equally fast, to a percent, exact gradients come first, then the preferred
-        optimizer.
+        Among those equally fast, to a percent, the gradients that drop least come first, exact
+        ones before all, then the preferred optimizer.
         """
         return (
             -(self.largest or 0),
             round(self.step_cost, 2),
-            self.coarseness.kept > 0,
+            self.coarseness.dropped,
             optimizers.index(self.setup.optimizer),
             self.peak_bytes,
         )

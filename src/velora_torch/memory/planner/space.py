@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from velora_torch.config import VeloraConfig
+from velora_torch.config import Purpose, VeloraConfig
 from velora_torch.layers import linear_shape
 from velora_torch.memory.planner.ranks import Ranks
 from velora_torch.memory.simulator.setup import Setup
@@ -18,9 +18,9 @@ from velora_torch.selection import select
 
 DEFAULT_OPTIMIZERS = ("adamw_fused", "adamw_8bit")
 """Fused AdamW is what the trainer takes, computes what AdamW does, and needs no temporaries."""
-SUB_TOKEN_SIZES = (8, 32)
-"""M that full-parameter plans try: a gentle and a strong compression."""
-LORA_GROUPS = 32
+SUB_TOKEN_SIZES: dict[Purpose, tuple[int, ...]] = {"full": (8, 32), "lora": (4,)}
+"""M that plans try: of all weights what is recommended, and four times as much; of adapters, which
+lose more with a larger one, the former alone."""
 
 # Last parts of the usual names of layers. A model that has none of them gets "all-linear" alone.
 VALUE = ("v_proj", "value", "v", "to_v", "v_lin", "value_proj")
@@ -143,28 +143,13 @@ def _ending(name: str) -> str:
 
 def _configs(model: nn.Module, method: str) -> list[VeloraConfig | None]:
     """No compression, then each set of layers with each size of sub-tokens that fits."""
-    configs: list[VeloraConfig | None] = [None]
-    for targets in layer_sets(model):
-        if method != "full":
-            configs.append(_for_adapters(targets))
-            continue
-        configs += [
-            VeloraConfig(
-                targets=targets,
-                sub_token_size=size,
-                init="random",
-                vectors="per_group",
-                refresh_every=50,
-                track_delta=False,
-            )
-            for size in SUB_TOKEN_SIZES
-        ]
-    return [c for c in configs if c is None or _selects(model, c)]
-
-
-def _for_adapters(targets: str | tuple[str, ...]) -> VeloraConfig:
-    # An adapter is exported as it is, so the sum of what was folded into it is of no use.
-    return VeloraConfig(targets=targets, num_groups=LORA_GROUPS, track_delta=False)
+    purpose: Purpose = "full" if method == "full" else "lora"
+    configs = [
+        VeloraConfig.recommended(purpose, targets=targets, sub_token_size=size, track_delta=False)
+        for targets in layer_sets(model)
+        for size in SUB_TOKEN_SIZES[purpose]
+    ]
+    return [None, *(config for config in configs if _selects(model, config))]
 
 
 def _selects(model: nn.Module, config: VeloraConfig) -> bool:

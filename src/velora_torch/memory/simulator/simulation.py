@@ -30,6 +30,11 @@ class Coarseness:
         """How many times smaller a coarse gradient is (1.0 where there is none)."""
         return self.weights / self.kept if self.kept else 1.0
 
+    @property
+    def dropped(self) -> float:
+        """Share of the gradients' numbers that training does without."""
+        return (self.weights - self.kept) / self.trained if self.trained else 0.0
+
     def __str__(self) -> str:
         """Such as ``96% of the weights, 1/128``."""
         return f"{self.share:.0%} of the weights, 1/{self.factor:.0f}" if self.kept else "exact"
