@@ -113,18 +113,19 @@ class Search:
     def _pairs(self) -> list[Pair]:
         """Pairs by cost; a compression that does not fit with all else saved has none.
 
-        Costs within a percent are the same: exact gradients come first then.
+        Costs within a percent are the same: the gradients that drop least come first then, as in
+        `Candidate.rank`.
         """
         least, most = self.space.checkpoint_every[0], self.space.checkpoint_every[-1]
         level = self.space.levels[-1]
-        costs: list[tuple[float, bool, int, Pair]] = []
+        costs: list[tuple[float, int, int, Pair]] = []
         for velora, held in self._held:
             optimizers = self.space.optimizers_for(velora)
             for every in dict.fromkeys((least, most)):
                 pair = Pair(velora, every, held)
                 if any(self._fits(pair, level, optimizer) for optimizer in optimizers):
                     for other, cost in self._costs(pair):
-                        costs.append((cost, velora is not None, len(costs), other))
+                        costs.append((cost, -held.numbers, len(costs), other))
                     break
         return [pair for *_, pair in sorted(costs, key=lambda cost: cost[:3])]
 
