@@ -228,3 +228,20 @@ def test_a_rate_for_coefficients_that_are_not_there_is_refused(velora, places, t
     recipe["train"] |= {"coefficient_learning_rate": 0.5}
     with pytest.raises(ValueError, match="has no effect with"):
         Recipe.model_validate({**recipe, "velora": velora})
+
+
+def test_a_checkpoint_does_not_say_how_the_optimizer_computes(places, tmp_path):
+    """One of processes that split layers, or of before recipes took fused kernels by themselves."""
+    recipe = recipe_for("full", "language-modeling", places, tmp_path / "run")
+    optimizer = assemble(Recipe.model_validate(recipe), lambda line: None).make_optimizer()
+    assert all(group["fused"] for group in optimizer.param_groups)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group |= {"fused": None, "foreach": False, "lr": 0.25}
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.25
+        assert (group["fused"], group["foreach"]) == (True, None)
+    state["param_groups"].append(state["param_groups"][0])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(state)

@@ -299,7 +299,7 @@ class TrainSection(Section):
     """Steps of rising learning rate (a whole number), or their share of all steps (below 1)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     """One of transformers' optimizer names, or flora."""
     optimizer_targets: Targets | None = None
     """Layers that a low-rank optimizer (galore_adamw, apollo_adamw, flora) projects; null: all

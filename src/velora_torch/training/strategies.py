@@ -16,8 +16,6 @@ optimizer's state (1) and the gradients (2) in pieces."""
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers that compute each entry by itself: ZeRO steps flat pieces that are no matrices."""
-ONE_BY_ONE = tuple(name for name in ELEMENTWISE if name != "adamw_torch_fused")
-"""Those of them that can take parameters one by one, where only some are split."""
 NOT_SHARDED = (
     *("galore", "apollo", "flora"),
     *("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb"),
@@ -152,10 +150,10 @@ def check_split(size: int, strategy: Strategy, recipe: Recipe) -> None:
             f"{option} splits the layers of the model itself, and method: {recipe.method} puts "
             f"others around them: use method: {' or '.join(SPLIT_METHODS)}, or --strategy fsdp2"
         )
-    if recipe.train.optimizer not in ONE_BY_ONE:
+    if recipe.train.optimizer not in ELEMENTWISE:
         raise ValueError(
             f"{option} gives the optimizer parts of matrices, and train.optimizer "
-            f"{recipe.train.optimizer!r} needs them whole: use one of {', '.join(ONE_BY_ONE)}"
+            f"{recipe.train.optimizer!r} needs them whole: use one of {', '.join(ELEMENTWISE)}"
         )
     _check_no_budget(option, recipe)
 

@@ -88,6 +88,7 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.register_load_state_dict_pre_hook(_with_own_kernels)
         take_overrides(optimizer, self.model)
         if self.policy is not None and self.policy.optimizer.startswith(("galore", "apollo")):
             decayed = self.get_decay_parameter_names(self.model)
@@ -123,6 +124,18 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
         record.memory.gradients = unique_bytes(self.held_gradients())
         record.memory.weights = unique_bytes(weight_tensors(model))
         return loss
+
+
+def _with_own_kernels(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state, to be stepped the way this optimizer does it: parameters that only some
+    processes split can't be stepped at once, and a scaler of losses asks how it was made."""
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        return state  # torch says so
+    groups = [
+        {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def _give_own_rate(optimizer: Any, parameters: Iterable[torch.Tensor], rate: float) -> None:
@@ -306,6 +319,8 @@ def build_trainer(
     settings = arguments(recipe, output, data.eval is not None)
     if tensor_parallel == 1:
         settings |= sharding(strategy, model)
+    elif settings["optim"] == "adamw_torch_fused":
+        settings["optim"] = "adamw_torch"  # one kernel can't take whole and split parameters
     shared = {
         "model": model,
         "train_dataset": data.train,
