@@ -30,7 +30,6 @@ VARIANTS = (
     Variant("full-8bit", "Full, 8-bit AdamW", "full"),
     Variant("lora", "LoRA", "full"),
     Variant("galore", "GaLore", "full"),
-    Variant("galore-eighth", "GaLore, rank 1/8", "full"),
     Variant("galore-twelfth", "GaLore, rank 1/12", "full"),
     Variant("apollo", "APOLLO", "full"),
     Variant("flora", "FLoRA", "full"),
@@ -76,7 +75,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"velora": None},
     "lora": {"velora": None},
     "galore": {"velora": None},
-    "galore-eighth": {"velora": None},
     "galore-twelfth": {"velora": None},
     "apollo": {"velora": None},
     "flora": {"velora": None},
@@ -119,7 +117,6 @@ FASTER = {"velora-qk-faster": QUERY_AND_KEY}
 """Layers with twice the learning rate of the other linear layers, by variant."""
 PROJECTING = {
     "galore": "galore_adamw",
-    "galore-eighth": "galore_adamw",
     "galore-twelfth": "galore_adamw",
     "apollo": "apollo_adamw",
     "flora": "flora",
@@ -129,10 +126,9 @@ PROJECTING = {
 APOLLO_EPS: dict[str, Any] = {"eps": 1e-6, "optimizer_settings": {"eps": 1e-8}}
 """Adam's eps in apollo_torch, and in transformers for the weights that APOLLO projects; everything
 else has 1e-8. "apollo-eps", which has it everywhere, ends where "apollo" does."""
-RANK_SHARES = {"galore-eighth": 8, "galore-twelfth": 12}
-"""The width over the rank; 4 is GaLore's for its smallest model: 128 of 512. With an eighth its
-moments are as large as those of VeLoRA with M = 8, with a twelfth its whole state is, which has
-projections besides."""
+RANK_SHARES = {"galore-twelfth": 12}
+"""The width over the rank; 4 is GaLore's for its smallest model: 128 of 512. With a twelfth its
+whole state, which has projections besides, is as large as that of VeLoRA with M = 8."""
 WIDTHS = {"llama-3m": 256, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
 PROJECTION_GAP = 200  # GaLore's setting for C4; APOLLO and FLoRA take the same
 
@@ -153,12 +149,11 @@ class Rates:
 REST = 3.2e-2  # all methods have it: full training loses 7% at half of it, gains 1% at double
 # Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens:
 # docs/results/pretraining.md. Variants that it does not try have the rate of what they vary;
-# galore-eighth has that of an older sweep, and on the larger model velora-all-running; GaLore's
-# of the larger model were chosen with its package's eps.
+# on the larger model velora-all-running has that of an older sweep, and GaLore's were chosen with
+# its package's eps.
 _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "lora": 2e-3,
     "galore": 2e-3,
-    "galore-eighth": 4e-3,
     "galore-twelfth": 4e-3,
     "apollo": 4e-3,
     "velora-value-down-apollo": 4e-3,
