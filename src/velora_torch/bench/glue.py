@@ -68,11 +68,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 GALORE = {  # GaLore's own settings for GLUE: rank 4, scale 4
     "optimizer": "galore_adamw",
-    "eps": 1e-6,  # that of galore_torch
     "optimizer_targets": ALL_LINEAR,
 }
 LOCAL_GALORE = {**GALORE, "optimizer_settings": {"rank": 4, "update_proj_gap": 50, "scale": 4.0}}
-PAPER_GALORE = {**GALORE, "optimizer_settings": {"rank": 4, "update_proj_gap": 500, "scale": 4.0}}
+PAPER_GALORE = {
+    **GALORE,
+    "optimizer_settings": {"rank": 4, "update_proj_gap": 500, "scale": 4.0},
+    "eps": 1e-6,  # that of galore_torch
+}
 
 LOCAL_TASKS = {  # task -> the longest text in tokens; longer ones are cut
     "trec": 64,
