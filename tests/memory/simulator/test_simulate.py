@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from velora_torch import VeloraConfig
 from velora_torch.memory.simulator.architecture import resolve
 from velora_torch.memory.simulator.setup import Setup
 from velora_torch.memory.simulator.simulate import SimulationError, simulate
+from velora_torch.subtoken import factored
 
 from ... import tiny_models
 
@@ -155,6 +157,20 @@ def test_optimizers_of_a_gpu_take_all_parameters_at_once():
     cuda, cpu = (simulate(mid_size(3), seq=8, device=device) for device in ("cuda", "cpu"))
     assert cuda.segments["optimizer"] > cpu.segments["optimizer"]
     assert cuda.segments["backward"] == cpu.segments["backward"]
+
+
+def test_float32_inputs_are_projected_as_on_the_device():
+    """On a GPU in one product, which counts; on a CPU in pieces, of which only sums are made."""
+    setup = Setup(
+        velora=replace(VELORA, init="random", vectors="per_group")
+    )  # no two groups with the same vector
+    cuda, cpu = (
+        simulate(mid_size(3), seq=8, dtype="float32", device=device, setup=setup)
+        for device in ("cuda", "cpu")
+    )
+    features = 3 * (6 * 256 + 688)
+    assert cuda.flops.forward - cpu.flops.forward == 2 * 8 * features
+    assert factored.CHUNK == {"cpu": 1 << 18}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from velora_torch.memory.simulator.simulation import Coarseness, Simulation, whe
 from velora_torch.memory.simulator.steps import Trace, track
 from velora_torch.memory.simulator.tracker import Flops, Peak
 from velora_torch.overview import summary
-from velora_torch.subtoken import folding
+from velora_torch.subtoken import factored, folding
 
 ENDS = 2
 """Blocks that speak for themselves alone: the first and the last one."""
@@ -293,11 +293,13 @@ def _coarseness(model: nn.Module) -> Coarseness:
 
 @contextmanager
 def _chunks_as_on(device: str) -> Iterator[None]:
-    """Fold weights in the pieces that a device uses; fake tensors say they are on the CPU."""
-    former = folding.CHUNK["cpu"]
-    if device != "cpu":
-        folding.CHUNK["cpu"] = folding.CHUNK.get(device, folding.DEFAULT_CHUNK)
+    """Fold and project in the pieces that a device uses; fake tensors say they are on the CPU."""
+    if device == "cpu":
+        yield
+        return
+    folded, projected = folding.CHUNK["cpu"], factored.CHUNK.pop("cpu")
+    folding.CHUNK["cpu"] = folding.CHUNK.get(device, folding.DEFAULT_CHUNK)
     try:
         yield
     finally:
-        folding.CHUNK["cpu"] = former
+        folding.CHUNK["cpu"], factored.CHUNK["cpu"] = folded, projected
