@@ -222,24 +222,28 @@ def plan(
     trust_code: TrustRemoteCode = False,
 ) -> None:
     """The fastest ways to train that fit into a memory budget; needs no GPU and no weights."""
+    from rich.console import Console
+
     from velora_torch.memory.planner.plan import plan as make_plan
     from velora_torch.memory.planner.table import as_printed
 
-    made = make_plan(
-        model,
-        method=method,
-        batch=batch,
-        seq=seq,
-        budget=budget,
-        dtype=dtype,
-        device=device,
-        optimizers=optimizer,
-        max_batch=max_batch,
-        max_seq=max_seq,
-        top=top,
-        gpus=gpus,
-        strategy=strategy,
-    )
+    with Console(stderr=True).status("planning") as status:  # on a terminal alone
+        made = make_plan(
+            model,
+            method=method,
+            batch=batch,
+            seq=seq,
+            budget=budget,
+            dtype=dtype,
+            device=device,
+            optimizers=optimizer,
+            max_batch=max_batch,
+            max_seq=max_seq,
+            top=top,
+            gpus=gpus,
+            strategy=strategy,
+            progress=lambda n: status.update(f"planning: simulating training step {n}"),
+        )
     if as_json:
         import json
 

@@ -204,6 +204,12 @@ def test_the_fastest_comes_first_and_costs_are_of_the_plain_step():
     assert all(str(c.coarseness) == "exact" and c.fits for c in made.candidates)
 
 
+def test_a_plan_tells_of_each_simulation():
+    told: list[int] = []
+    made = planned("1GiB", velora=None, progress=told.append)
+    assert told == list(range(1, made.simulations + 1)) != []
+
+
 def test_equal_costs_put_exact_gradients_first():
     adapted = {"method": "lora", "lora_rank": 1, "checkpoint_every": None, "recompute": False}
     made = plan(model(2), seq=8, budget="1GiB", chunked_loss=False, top=None, **adapted)

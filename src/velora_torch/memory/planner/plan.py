@@ -99,6 +99,7 @@ def plan(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     gpus: int = 1,
     strategy: str = "ddp",
+    progress: Callable[[int], None] | None = None,
     **fixed: Any,
 ) -> Plan:
     """Find the ways to train a model that fit into a budget, by simulation: nothing is trained.
@@ -125,6 +126,8 @@ def plan(
         loss: of a built model and a batch, as for ``simulate``.
         gpus: ranks that train together, one on each GPU; what one of them holds is predicted.
         strategy: ``ddp``, a whole model in each; or ``fsdp2``, a shard of it.
+        progress: told the number of each simulated step, from 1, when its simulation begins; how
+            many there will be is not known before.
         **fixed: fields of ``Setup`` that are given: ``velora``, ``checkpoint_every``,
             ``recompute``, ``chunked_loss`` and ``optimizer`` are not searched then.
 
@@ -161,7 +164,7 @@ def plan(
     if optimizers is None and ranks.shards:
         optimizers = [name for name in DEFAULT_OPTIMIZERS if name not in NOT_SHARDED]
     space = make_space(sample, blocks, base, optimizers, fixed)
-    predictor = Predictor(architecture, dtype, device, loss, ranks)
+    predictor = Predictor(architecture, dtype, device, loss, ranks, progress)
     search = Search(space, predictor, whole, holdings, size, limit)
     name = str(dtype_named(dtype)).removeprefix("torch.")
     make = _Maker(search, name, source_of(model), ranks)

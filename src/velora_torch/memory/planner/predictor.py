@@ -52,6 +52,8 @@ class Predictor:
     loss: Callable[[nn.Module, Any], Tensor] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     """Processes that train together; what one of them holds is predicted."""
+    progress: Callable[[int], None] | None = None
+    """Told the number of each simulation, from 1, when it begins."""
     simulations: int = 0
     """How many were made."""
     _passes: dict[str, Simulation] = field(default_factory=dict, repr=False)
@@ -187,6 +189,8 @@ class Predictor:
 
     def _simulate(self, setup: Setup, size: Size, **choices: Any) -> Simulation:
         self.simulations += 1
+        if self.progress is not None:
+            self.progress(self.simulations)
         return simulate(
             self.architecture,
             batch=size.batch,
