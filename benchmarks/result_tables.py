@@ -72,7 +72,7 @@ PAIRED = (
     ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_LARGER)),
     ("local", "llama-15m", "velora-all-fixed", ("full", "velora-all", "galore-twelfth", *_LARGER)),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
-    ("local", "llama-15m", "velora-all-m4-8bit", ("full", "flora")),
+    ("local", "llama-15m", "velora-all-m4-8bit", ("full", "velora-all", "apollo", "flora")),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
     ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
     ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
