@@ -57,8 +57,8 @@ def _whole_groups(x_TD: Tensor, v_GM: Tensor, shared: bool) -> Tensor:
     x_TGM = x_TD.unflatten(1, (groups, size))
     if shared and x_TD.is_contiguous():  # else flattening would copy x
         return (x_TGM.flatten(0, 1) @ v_GM[0].unsqueeze(1)).view(-1, groups)
-    chunked = x_TD.dtype in (torch.float32, torch.float64) and x_TD.device.type in CHUNK
-    if not chunked or torch.compiler.is_compiling():
+    wide = x_TD.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or not wide or x_TD.device.type not in CHUNK:
         return torch.einsum("tgm,gm->tg", x_TGM, v_GM)
     rows = max(1, CHUNK[x_TD.device.type] // (groups * size))
     return torch.cat([(part * v_GM).sum(dim=2) for part in x_TGM.split(rows)])

@@ -161,11 +161,9 @@ def test_optimizers_of_a_gpu_take_all_parameters_at_once():
 
 def test_float32_inputs_are_projected_as_on_the_device():
     """On a GPU in one product, which counts; on a CPU in pieces, of which only sums are made."""
-    setup = Setup(
-        velora=replace(VELORA, init="random", vectors="per_group")
-    )  # no two groups with the same vector
+    velora = replace(VELORA, init="random", vectors="per_group")
     cuda, cpu = (
-        simulate(mid_size(3), seq=8, dtype="float32", device=device, setup=setup)
+        simulate(mid_size(3), seq=8, dtype="float32", device=device, velora=velora)
         for device in ("cuda", "cpu")
     )
     features = 3 * (6 * 256 + 688)
