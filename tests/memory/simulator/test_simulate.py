@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -169,6 +170,22 @@ def test_float32_inputs_are_projected_as_on_the_device():
     features = 3 * (6 * 256 + 688)
     assert cuda.flops.forward - cpu.flops.forward == 2 * 8 * features
     assert factored.CHUNK == {"cpu": 1 << 18}
+
+
+def test_simulations_in_threads_take_turns():
+    from transformers import masking_utils
+
+    pieces, look = dict(factored.CHUNK), masking_utils.find_packed_sequence_indices
+    model, devices = mid_size(3), ("cuda", "cpu", "cuda", "cpu")
+
+    def peak(device: str) -> int:
+        return simulate(model, seq=8, dtype="float32", device=device, velora=VELORA).peak
+
+    expected = [peak(device) for device in devices]
+    with ThreadPoolExecutor(len(devices)) as threads:
+        assert list(threads.map(peak, devices)) == expected
+    assert pieces == factored.CHUNK
+    assert masking_utils.find_packed_sequence_indices is look
 
 
 @pytest.mark.parametrize(

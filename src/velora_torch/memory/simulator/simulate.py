@@ -9,6 +9,7 @@ for models of equal blocks; all others are simulated whole.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,10 @@ from velora_torch.subtoken import factored, folding
 
 ENDS = 2
 """Blocks that speak for themselves alone: the first and the last one."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Meanwhile pieces are those of another device (`_chunks_as_on`) and transformers looks at no
+numbers (`Rows.known`); two threads would undo that in the wrong order."""
 
 Model = str | Path | nn.Module | Any
 
@@ -67,6 +72,8 @@ def simulate(
     **choices: Any,
 ) -> Simulation:
     """Simulate training steps of a model; no weights are loaded and no arithmetic is done.
+
+    Simulations in several threads take turns.
 
     Args:
         model: a preset's name, a hub id, a folder with ``config.json``, a configuration, or a
@@ -139,6 +146,10 @@ class _Case:
 
     def trace(self, depth: int | None) -> Trace:
         """Simulate a model of so many blocks."""
+        with _ONE_AT_A_TIME:
+            return self._trace(depth)
+
+    def _trace(self, depth: int | None) -> Trace:
         world = FakeWorld()
         model = self.architecture.build(world, self.dtype, depth)
         if isinstance(self.batch, int):
