@@ -149,8 +149,7 @@ class Rates:
 REST = 3.2e-2  # all methods have it: full training loses 7% at half of it, gains 1% at double
 # Chosen by benchmarks/choose_rates.py on other held-out text, with seed 100 and half of the tokens:
 # docs/results/pretraining.md. Variants that it does not try have the rate of what they vary;
-# on the larger model velora-all-running has that of an older sweep, and GaLore's were chosen with
-# its package's eps.
+# on the larger model velora-all-running has that of an older sweep.
 _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "lora": 2e-3,
     "galore": 2e-3,
