@@ -112,6 +112,11 @@ SETTINGS = {
     },
     "plain": {"velora": None},
     "lora": {"method": "lora"},
+    "float32 states of bfloat16 weights": {"velora": None, "train": {"optimizer": "adafactor"}},
+    "galore's of the same": {
+        "velora": None,
+        "train": {"optimizer": "galore_adafactor", "optimizer_settings": {"rank": 4}},
+    },
 }
 
 

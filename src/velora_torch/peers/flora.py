@@ -14,8 +14,8 @@ Legend: m x n weight W, gradient G, r rank, κ `update_proj_gap`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from velora_torch.optimizers import LOW_RANK, register
+from velora_torch.state_types import restore_types
 from velora_torch.subtoken.vectors import layer_seed
 
 
@@ -57,14 +58,9 @@ class Flora(Optimizer):
             group.setdefault("seed", number)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state in float32, where torch would give it the type of the weights."""
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, p in zip(saved, own, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, copy=True)
+        """Load a copy of a state, in float32 where torch would give it the type of the weights."""
+        super().load_state_dict(copy.deepcopy(state_dict))
+        restore_types(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -27,6 +27,7 @@ from velora_torch.memory.count import (
 from velora_torch.model import coefficients
 from velora_torch.report.quantities import format_bytes, format_seconds
 from velora_torch.report.results import Evaluation, HistoryPoint, Memory
+from velora_torch.state_types import keep_types
 from velora_torch.training.data import PreparedData
 from velora_torch.training.interrupts import StopWhenAsked
 from velora_torch.training.methods import head_of
@@ -89,6 +90,7 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.register_load_state_dict_pre_hook(_with_own_kernels)
+        keep_types(optimizer)
         take_overrides(optimizer, self.model)
         if self.policy is not None and self.policy.optimizer.startswith(("galore", "apollo")):
             decayed = self.get_decay_parameter_names(self.model)
