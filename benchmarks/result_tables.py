@@ -55,8 +55,6 @@ PRE_TRAINED = (
 docs/results/pretraining.md has them all."""
 _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
-_LARGER = ("galore-packaged", "apollo", "flora")
-"""Peers on the larger model, whose GaLore still has its package's eps, rank 1/12 excepted."""
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
@@ -67,12 +65,17 @@ PAIRED = (
     ("local", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
-    ("local", "llama-15m", "velora-value-down", ("full",)),
-    ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_LARGER)),
-    ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_LARGER)),
-    ("local", "llama-15m", "velora-all-fixed", ("full", "velora-all", "galore-twelfth", *_LARGER)),
+    ("local", "llama-15m", "velora-value-down", ("full", "galore")),
+    ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
+    ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
+    ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
+    ("local", "llama-15m", "velora-all-m4", ("full", "velora-all", *_PROJECTED)),
+    (
+        *("local", "llama-15m", "velora-all-m4-8bit"),
+        ("full", "velora-all-m4", "velora-all", *_PROJECTED),
+    ),
+    ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
-    ("local", "llama-15m", "velora-all-m4-8bit", ("full", "velora-all", "apollo", "flora")),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
     ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
     ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
