@@ -72,8 +72,10 @@ PAIRED = (
     ("local", "llama-15m", "velora-all-m4", ("full", "velora-all", *_PROJECTED)),
     (
         *("local", "llama-15m", "velora-all-m4-8bit"),
-        ("full", "velora-all-m4", "velora-all", *_PROJECTED),
+        ("full", "full-8bit", "velora-all-m4", "velora-all", *_PROJECTED),
     ),
+    ("local", "llama-15m", "velora-paper", ("full", "velora-value-down")),
+    ("local", "llama-15m", "full-8bit", ("full", "galore", "velora-not-qk")),
     ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
