@@ -90,7 +90,8 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
             self.optimizer = own_optimizer(self.model, self.own_optimizer, decayed)
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.register_load_state_dict_pre_hook(_with_own_kernels)
-        keep_types(optimizer)
+        if "Adafactor" in type(optimizer).__name__:
+            keep_types(optimizer)  # others want the parameters', also where ZeRO has kept float32
         take_overrides(optimizer, self.model)
         if self.policy is not None and self.policy.optimizer.startswith(("galore", "apollo")):
             decayed = self.get_decay_parameter_names(self.model)
