@@ -134,16 +134,23 @@ def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(place, dtype, tmp_p
 
 @installed
 @pytest.mark.parametrize(
-    ("first", "then"), [("zero2", "ddp"), ("ddp", "zero1"), ("fsdp2", "zero2")]
+    ("first", "then", "dtype"),
+    [
+        ("zero2", "ddp", "float32"),
+        ("zero2", "ddp", "bfloat16"),  # ZeRO's moments are float32, AdamW's are not
+        ("ddp", "zero1", "float32"),
+        ("fsdp2", "zero2", "float32"),
+    ],
 )
-def test_other_strategies_go_on(place, alone, first, then, tmp_path):
+def test_other_strategies_go_on(place, alone, first, then, dtype, tmp_path):
     """From its checkpoints without it, and the other way round; from shards too."""
-    name, path = f"{first}-{then}", place / "recipe.yaml"
+    name, path = f"{first}-{then}-{dtype}", place / "recipe.yaml"
 
     def part(strategy, function, folder, **options):
         ranks = 1 if strategy == "ddp" else 2
         shards = strategy == "fsdp2"
         given = overrides(place, name, batch_size=8 // ranks, shard_checkpoints=shards)
+        given = [*given, f"dtype={dtype}"]
         if ranks == 1:
             return go(path, strategy, given, **options)
         return on_ranks(2, function, folder, path, strategy, given)[0]
@@ -154,8 +161,10 @@ def test_other_strategies_go_on(place, alone, first, then, tmp_path):
     options = {"resume": True} if then == "ddp" else {}
     losses, said, _ = part(then, resumed, tmp_path / "then", **options)
     assert any("going on from" in line and "checkpoint-3" in line for line in said)
-    assert losses == pytest.approx(alone[0], rel=1e-5)
-    same_weights(place / name, place / "alone")
+    exact = dtype == "float32"
+    assert losses == pytest.approx(alone[0], rel=1e-5 if exact else 3e-2)
+    if exact:
+        same_weights(place / name, place / "alone")
 
 
 def with_a_bad_step(path, strategy, given):

@@ -91,7 +91,8 @@ class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainer
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.register_load_state_dict_pre_hook(_with_own_kernels)
         if "Adafactor" in type(optimizer).__name__:
-            keep_types(optimizer)  # others want the parameters', also where ZeRO has kept float32
+            # Not others: AdamW steps in the parameters' type, and ZeRO's checkpoints have float32.
+            keep_types(optimizer)
         take_overrides(optimizer, self.model)
         if self.policy is not None and self.policy.optimizer.startswith(("galore", "apollo")):
             decayed = self.get_decay_parameter_names(self.model)
