@@ -18,7 +18,7 @@ from velora_torch.bench.surroundings import surroundings
 from velora_torch.training.precision import products_of
 
 Say = Callable[[str], None]
-ROUNDS = 7
+ROUNDS = 21
 
 
 @dataclass
