@@ -35,6 +35,8 @@ def tiny(sources, variant):
     made["evaluate"]["max_examples"] = 8
     if made.get("lora"):
         made["lora"]["r"] = 4
+    if variant == "relora":
+        made["lora"]["restart_every"] = 2
     if "optimizer_settings" in made["train"]:
         made["train"]["optimizer_settings"] |= {"rank": 4}
     whole = Recipe.model_validate(made).model_dump(mode="json")
@@ -67,6 +69,8 @@ def test_galore_has_its_published_settings(model, ranks):
         assert train["learning_rate"] == 1e-2
         assert train["optimizer_settings"] == {"rank": rank, "update_proj_gap": 200, "scale": 0.25}
     assert protocol.paper_recipe(model, "lora", 0)["lora"]["r"] == ranks[0]
+    relora = Recipe.model_validate(protocol.paper_recipe(model, "relora", 0))
+    assert relora.steps() // relora.lora.restart_every == 4
     published = protocol.paper_recipe(model, "galore-packaged", 0)["train"]
     assert published == {**protocol.paper_recipe(model, "galore", 0)["train"], "eps": 1e-6}
 

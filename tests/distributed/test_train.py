@@ -50,6 +50,19 @@ def test_two_processes_train_as_one(place, alone, strategy, tmp_path):
         assert_close(found[name], tensor, 1e-4)
 
 
+def test_adapters_begin_anew_alike_in_all_processes(place, tmp_path):
+    """ReLoRA, its adapters compressed."""
+    more = ["method=lora", "lora={r: 4, alpha: 8, dropout: 0.0, restart_every: 3}"]
+    path = place / "recipe.yaml"
+    losses, _, _ = go(path, "ddp", [*overrides(place, "restarts", batch_size=8), *more])
+    first, _ = on_ranks(2, go, tmp_path, path, "ddp", [*overrides(place, "restarts-ddp"), *more])
+    assert first[0] == pytest.approx(losses, rel=1e-5)
+    expected, found = final(place / "restarts"), final(place / "restarts-ddp")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor, 1e-4)
+
+
 def test_weights_in_bfloat16_beside_coefficients_in_float32(place, tmp_path):
     """FSDP2 gets norms and embeddings apart from the coefficients, whose type is another."""
     path, more = place / "recipe.yaml", ["dtype=bfloat16"]

@@ -323,6 +323,10 @@ def test_recipes_that_it_cannot_train_are_refused(place):
         changed = load_recipe(place / "recipe.yaml").model_copy(update=more)
         with pytest.raises(ValueError, match=message):
             strategies.check_trained("zero2", changed)
+    restarts = load_recipe(place / "recipe.yaml", ["method=lora", "lora.restart_every=2"])
+    for strategy in ("fsdp2", "zero1"):
+        with pytest.raises(ValueError, match=rf"{strategy} gives .*restart_every.*--strategy ddp"):
+            strategies.check_trained(strategy, restarts)
     recipe = load_recipe(place / "recipe.yaml").model_copy(update={"memory_budget": "1GiB"})
     with pytest.raises(ValueError, match=r"memory_budget can't be planned for --strategy zero1"):
         strategies.check_trained("zero1", recipe)

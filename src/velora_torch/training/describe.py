@@ -97,6 +97,8 @@ def _method(recipe: Recipe) -> str:
     suffix = ""
     if recipe.lora is not None:
         suffix = f", rank {recipe.lora.r}, alpha {recipe.lora.alpha:g}"
+        if recipe.lora.restart_every is not None:
+            suffix += f", merged and begun anew every {recipe.lora.restart_every} steps (ReLoRA)"
     if recipe.hydra is not None:
         suffix = f", rank {recipe.hydra.r}, alpha {recipe.hydra.alpha:g}"
     if recipe.quantization is not None:

@@ -113,10 +113,13 @@ def _merge(recipe: Recipe, source: Path, to: Path) -> None:
     from peft import PeftModel
 
     from velora_torch.training.models import load_model, load_tokenizer
+    from velora_torch.training.restarts import BASE_FILE, load_base
 
     plain = recipe.model_copy(update={"method": "full", "lora": None, "quantization": None})
     data = _data(recipe)
     base = load_model(plain, _quiet, data)
+    if (source / BASE_FILE).is_file():
+        load_base(dict(base.named_parameters()), source)
     model = PeftModel.from_pretrained(base, source).merge_and_unload()
     model.save_pretrained(to)
     if recipe.task == "pretrain":

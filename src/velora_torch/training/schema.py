@@ -68,6 +68,8 @@ PEFT_METHODS = (
 """Methods whose adapters PEFT makes."""
 PRETRAINED = ("full", "lora", "rslora", "dora")
 """Methods that make sense from random weights."""
+RESTARTED = ("lora", "rslora")
+"""Methods whose adapters can be merged and begin anew with the same output."""
 METRICS = {
     "language-modeling": ("auto", "choice", "loss"),
     "pretrain": ("auto", "loss"),
@@ -213,6 +215,30 @@ class Recipe(Section):
         if self.train.tokens is not None and (self.token_budget() or 0) < self.step_tokens():
             step = self.step_tokens()
             fail("train.tokens", f"is less than one step takes, which is {step:,} tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _restarts(self) -> Self:
+        lora, key = self.lora, "lora.restart_every"
+        if lora is None:
+            return self
+        if lora.restart_every is None:
+            if lora.restart_warmup is not None:
+                fail("lora.restart_warmup", f"has no effect without {key}")
+            return self
+        if self.task != "pretrain":
+            fail(
+                key,
+                "is for task: pretrain: restarts change the weights under the adapters, and "
+                "elsewhere a run leaves adapters alone",
+            )
+        if self.method not in RESTARTED:
+            fail(key, f"is for method: {' or '.join(RESTARTED)}, not {self.method}")
+        if (lora.restart_warmup or 0) >= lora.restart_every:
+            fail("lora.restart_warmup", f"must be less than {key}, which is {lora.restart_every}")
+        steps = self.steps()
+        if steps is not None and lora.restart_every >= steps:
+            fail(key, f"must be less than the steps of the run, which are {steps:,}")
         return self
 
     @model_validator(mode="after")

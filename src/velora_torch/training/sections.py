@@ -126,6 +126,11 @@ class LoraSection(Section):
     """Dropout on the adapters' input."""
     targets: Targets = "all-linear"
     """"all-linear", a list of layer names, or a regular expression over full names."""
+    restart_every: Positive | None = None
+    """Steps after which adapters are merged into the weights and begin anew (ReLoRA; methods lora
+    and rslora of the task pretrain); null: never."""
+    restart_warmup: Natural | None = None
+    """Steps in which the learning rate comes back after that; null: a tenth of restart_every."""
 
 
 class HydraSection(Section):

@@ -95,6 +95,12 @@ def check_trained(strategy: Strategy, recipe: Recipe) -> None:
         ValueError: says what to write instead.
     """
     optimizer = recipe.train.optimizer
+    if strategy != "ddp" and recipe.lora is not None and recipe.lora.restart_every is not None:
+        raise ValueError(
+            f"--strategy {strategy} gives each process a part of the weights, and "
+            f"lora.restart_every merges adapters into whole ones: leave it out, or use "
+            f"--strategy ddp"
+        )
     if strategy == "fsdp2" and optimizer.startswith(NOT_SHARDED):
         raise ValueError(
             f"--strategy fsdp2 gives each process rows of the parameters, and train.optimizer "

@@ -35,6 +35,7 @@ from velora_torch.training.models import parameters_in
 from velora_torch.training.order import LongestFirst
 from velora_torch.training.own_optimizers import OWN_OPTIMIZERS, give_settings, own_optimizer
 from velora_torch.training.pretraining.tokens import TokenWindows
+from velora_torch.training.restarts import RestartAdapters, Restarts, RestartsMixin
 from velora_torch.training.safe_steps import SafeSteps
 from velora_torch.training.schema import Recipe
 from velora_torch.training.sections import TrainSection
@@ -60,7 +61,9 @@ class Record:
     """The signal that interrupted it."""
 
 
-class RecordingMixin(ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainerMixin):
+class RecordingMixin(
+    RestartsMixin, ZeroTrainerMixin, TensorParallelTrainerMixin, VeloraTrainerMixin
+):
     """Counts tokens, and in the first step the bytes that it holds."""
 
     record: Record
@@ -361,4 +364,7 @@ def build_trainer(
         trainer.head = tuple(head_of(_plain(model), recipe) or ())
     trainer.layer_rates = recipe.train.learning_rates
     trainer.coefficient_rate = recipe.train.coefficient_learning_rate
+    trainer.restarts = Restarts.of(recipe)
+    if trainer.restarts is not None:
+        trainer.add_callback(RestartAdapters(trainer))
     return trainer

@@ -22,6 +22,7 @@ from velora_torch.training.data import check_sources
 from velora_torch.training.exporting import export_run
 from velora_torch.training.folder import FolderError
 from velora_torch.training.recipe import RecipeError, load_recipe
+from velora_torch.training.restarts import BASE_FILE
 from velora_torch.training.run import Options, run
 from velora_torch.training.sections import parse_count
 from velora_torch.training.sources import DataError
@@ -96,6 +97,14 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(recipe, method, velora):
     more = {"lora": LORA} if method == "lora" else {}
     settings = {"method": method, "velora": velora, "train": {"accumulation": 2}, **more}
     resumed_ends_as_whole(recipe, settings)
+
+
+@pytest.mark.parametrize("velora", [None, {"sub_token_size": 4, "refresh_every": 3}])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_run_that_restarts_its_adapters_is_resumed_bitwise(recipe, every, velora):
+    """Interrupted soon after step 2: after restarts, in one's way back, before the first."""
+    lora = {**LORA, "restart_every": every, "restart_warmup": every // 2}
+    resumed_ends_as_whole(recipe, {"method": "lora", "velora": velora, "lora": lora})
 
 
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
@@ -267,6 +276,29 @@ def test_an_interrupted_lora_run_can_be_exported(recipe, tmp_path):
     assert model.config.vocab_size == 360
 
 
+def test_what_restarts_have_merged_is_in_an_interrupted_runs_export(recipe, tmp_path):
+    """The random base that the run began with is not under its adapters any more."""
+    lora = {**LORA, "restart_every": 1, "restart_warmup": 0}
+    made = recipe(method="rslora", lora=lora)
+
+    def interrupt(line):
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    go(made, interrupt)
+    export_run(tmp_path / "run", tmp_path / "plain", lora=False)
+    exported = load_file(tmp_path / "plain" / "model.safetensors")
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    base = load_file(checkpoint / BASE_FILE)
+    assert len(base) == 14  # seven layers of two blocks
+    for name, weight in base.items():  # new adapters add nothing yet
+        assert torch.equal(weight, exported[name]), name
+    random = assemble(made, lambda line: None).model.get_base_model().state_dict()
+    for name, weight in base.items():
+        begun = random[name.replace(".weight", ".base_layer.weight")]
+        assert not torch.equal(weight, begun), name
+
+
 @pytest.mark.parametrize("preset", ["llama-3m", "llama-15m"])
 def test_small_presets_have_the_size_of_their_names(preset):
     from velora_torch.memory.simulator.presets import preset as configuration
@@ -328,6 +360,32 @@ def test_counts(text, count):
                 "train": {"tokens": None, "steps": 3},
             },
             r"`data.shuffle` is for task: pretrain; train.seed shuffles",
+        ),
+        (
+            {"method": "dora", "lora": {"restart_every": 2}},
+            r"`lora.restart_every` is for method: lora or rslora, not dora",
+        ),
+        (
+            {"method": "lora", "lora": {"restart_every": 400}},
+            r"`lora.restart_every` must be less than the steps of the run, which are \d+",
+        ),
+        (
+            {"method": "lora", "lora": {"restart_every": 2, "restart_warmup": 2}},
+            r"`lora.restart_warmup` must be less than lora.restart_every, which is 2",
+        ),
+        (
+            {"method": "lora", "lora": {"restart_warmup": 2}},
+            r"`lora.restart_warmup` has no effect without lora.restart_every",
+        ),
+        (
+            {
+                "task": "language-modeling",
+                "tokenizer": None,
+                "method": "lora",
+                "lora": {"restart_every": 2},
+                "train": {"tokens": None, "steps": 3},
+            },
+            r"`lora.restart_every` is for task: pretrain: restarts change the weights under",
         ),
         ({"memory_budget": "1GiB"}, "`memory_budget` cannot be planned for task: pretrain"),
     ],

@@ -29,6 +29,7 @@ VARIANTS = (
     Variant("full-gc", "Full + gradient checkpointing", "full"),
     Variant("full-8bit", "Full, 8-bit AdamW", "full"),
     Variant("lora", "LoRA", "full"),
+    Variant("relora", "ReLoRA", "full"),
     Variant("galore", "GaLore", "full"),
     Variant("galore-twelfth", "GaLore, rank 1/12", "full"),
     Variant("apollo", "APOLLO", "full"),
@@ -74,6 +75,7 @@ def _velora(targets: str, size: int | dict[str, int] = M, **more: Any) -> dict[s
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"velora": None},
     "lora": {"velora": None},
+    "relora": {"velora": None},
     "galore": {"velora": None},
     "galore-twelfth": {"velora": None},
     "apollo": {"velora": None},
@@ -130,7 +132,7 @@ RANK_SHARES = {"galore-twelfth": 12}
 """The width over the rank; 4 is GaLore's for its smallest model: 128 of 512. With a twelfth its
 whole state, which has projections besides, is as large as that of VeLoRA with M = 8."""
 WIDTHS = {"llama-3m": 256, "llama-15m": 384, "llama-60m": 512, "llama-130m": 768}
-PROJECTION_GAP = 200  # GaLore's setting for C4; APOLLO and FLoRA take the same
+PROJECTION_GAP = 200  # GaLore's for C4; APOLLO, FLoRA and, here, ReLoRA take the same
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ REST = 3.2e-2  # all methods have it: full training loses 7% at half of it, gain
 # on the larger model velora-all-running has that of an older sweep.
 _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "lora": 2e-3,
+    "relora": 2e-3,
     "galore": 2e-3,
     "galore-twelfth": 4e-3,
     "apollo": 4e-3,
@@ -187,11 +190,13 @@ def method(
     rates: Rates,
     scale: float = 1.0,
     own_rank: int | None = None,
+    restart_every: int = PROJECTION_GAP,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a variant: those of the recipe's top level, and those of `train`.
 
     `scale` is that of GaLore and APOLLO; it multiplies the rate of the linear layers. `own_rank` is
-    that of variants without one of `RANK_SHARES`; None: a quarter of the width.
+    that of variants without one of `RANK_SHARES`; None: a quarter of the width. `restart_every` is
+    ReLoRA's.
     """
     base = without_additions(variant)
     rank = WIDTHS[model] // RANK_SHARES.get(base, 4)
@@ -206,10 +211,16 @@ def method(
     if variant in FASTER:  # of two patterns that match, the later counts
         twice = 2 * (rates.linear or rates.rest)
         train.setdefault("learning_rates", {})[FASTER[variant]] = twice
-    if base == "lora":
+    if base in ("lora", "relora"):
         top |= {
             "method": "lora",
-            "lora": {"r": rank, "alpha": float(rank), "dropout": 0.0, "targets": ALL_LINEAR},
+            "lora": {
+                "r": rank,
+                "alpha": float(rank),
+                "dropout": 0.0,
+                "targets": ALL_LINEAR,
+                "restart_every": restart_every if base == "relora" else None,
+            },
         }
     elif (optimizer := PROJECTING.get(base)) is not None:
         own = APOLLO_EPS if optimizer == "apollo_adamw" else {}
@@ -276,6 +287,8 @@ PAPER_TOKENS = {"llama-60m": "1.1B", "llama-130m": "2.2B"}  # GaLore's budgets, 
 PAPER_BATCH, PAPER_ACCUMULATION, PAPER_LENGTH = 128, 4, 256  # 512 sequences a step
 PAPER_RANKS = {"llama-60m": 128, "llama-130m": 256}
 """GaLore's, of the variants that have no share of the width of their own."""
+PAPER_RESTARTS = {"llama-60m": 2000, "llama-130m": 4000}
+"""A quarter of the steps, as in ReLoRA's own trainings."""
 PAPER_RATES = {
     name: 1e-2
     for name in METHODS
@@ -288,7 +301,7 @@ def paper_recipe(task: str, variant: str, seed: int) -> dict[str, Any]:
     """A cell with the paper's model and data; needs the hub and a GPU."""
     rates = Rates(PAPER_RATES.get(without_additions(variant), 1e-3))
     scale = 0.25 if variant.startswith("galore") else 1.0
-    top, train = method(variant, task, seed, rates, scale, PAPER_RANKS[task])
+    top, train = method(variant, task, seed, rates, scale, PAPER_RANKS[task], PAPER_RESTARTS[task])
     return {
         **top,
         "task": "pretrain",
