@@ -95,9 +95,11 @@ class RestartsMixin:
             write_whole(folder / BASE_FILE, save(_on_cpu(base_weights(self.model))))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        _check_alike(checkpoint, self.restarts is not None)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         if self.restarts is not None:
-            load_base(base_weights(self.model), Path(resume_from_checkpoint))
+            load_base(base_weights(self.model), checkpoint)
 
 
 class RestartAdapters(TrainerCallback):
@@ -165,6 +167,21 @@ def load_base(weights: Mapping[str, Tensor], checkpoint: Path) -> None:
                 f"which this model has not: it is of another run"
             )
         weights[name].copy_(tensor)
+
+
+def _check_alike(checkpoint: Path, restarts: bool) -> None:
+    """See that a run which restarts its adapters goes on from one that did, and only from one.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    did = (checkpoint / BASE_FILE).is_file()
+    if did != restarts:
+        raise ValueError(
+            f"{checkpoint} is of a run {'with' if did else 'without'} lora.restart_every, and this "
+            f"recipe has {'one' if restarts else 'none'}: set it as it was, or begin another run "
+            f"with train.output=..."
+        )
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

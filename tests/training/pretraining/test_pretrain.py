@@ -107,6 +107,19 @@ def test_a_run_that_restarts_its_adapters_is_resumed_bitwise(recipe, every, velo
     resumed_ends_as_whole(recipe, {"method": "lora", "velora": velora, "lora": lora})
 
 
+@pytest.mark.parametrize("began", [False, True])
+def test_restarts_are_neither_begun_nor_dropped_in_the_middle(recipe, began):
+    """The weights under the adapters would be those of the start."""
+    plain, restarting = {**LORA}, {**LORA, "restart_every": 2}
+    train = {"save_every": 4, "save_final": False}
+    first, then = (restarting, plain) if began else (plain, restarting)
+    go(recipe("train.tokens=512", method="lora", lora=first, train=train))
+    word, other = ("with", "none") if began else ("without", "one")
+    message = rf"is of a run {word} lora\.restart_every, and this recipe has {other}: set it as"
+    with pytest.raises(ValueError, match=message):
+        go(recipe("train.tokens=512", method="lora", lora=then, train=train), resume=True)
+
+
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
 @pytest.mark.parametrize(
     "optimizer", ["galore_adamw", "apollo_adamw", "flora", "adamw_bnb_8bit", "adamw_torch_fused"]
