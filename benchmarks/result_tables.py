@@ -45,7 +45,7 @@ FINE_TUNED = {
 }
 """What is fine-tuned, by bench."""
 PRE_TRAINED = (
-    *("full", "full-8bit", "full-gc", "lora", "apollo", "flora"),
+    *("full", "full-8bit", "full-gc", "lora", "relora", "apollo", "flora"),
     *("galore", "galore-packaged", "galore-twelfth", "galore-twelfth-packaged"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4", "velora-all-m4-8bit"),
@@ -57,6 +57,7 @@ _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
+    ("local", "llama-3m", "relora", ("full", "lora")),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
