@@ -57,7 +57,6 @@ _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
-    ("local", "llama-3m", "relora", ("full", "lora")),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
@@ -75,6 +74,8 @@ PAIRED = (
         *("local", "llama-15m", "velora-all-m4-8bit"),
         ("full", "full-8bit", "velora-all-m4", "velora-all", *_PROJECTED),
     ),
+    ("local", "llama-15m", "velora-all-m16", ("full", "velora-all", "galore-twelfth")),
+    ("local", "llama-15m", "velora-all-m32", ("full", "velora-all-m16", "galore-twelfth")),
     ("local", "llama-15m", "velora-paper", ("full", "velora-value-down")),
     ("local", "llama-15m", "full-8bit", ("full", "galore", "velora-not-qk")),
     ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
