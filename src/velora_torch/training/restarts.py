@@ -78,12 +78,14 @@ class RestartsMixin:
 
     args: Any
     model: Any
+    lr_scheduler: Any
     restarts: Restarts | None = None
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, which falls to nothing at each restart."""
+        is_new = self.lr_scheduler is None
         scheduler = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
-        if self.restarts is not None:
+        if self.restarts is not None and is_new:
             scheduler.lr_lambdas = [self.restarts.scheduled(f) for f in scheduler.lr_lambdas]
         return scheduler
 
