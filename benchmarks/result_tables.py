@@ -57,6 +57,7 @@ _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
+    ("local", "llama-3m", "relora", ("full", "lora", "galore", "velora-not-qk", "velora-all-m4")),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
