@@ -63,6 +63,12 @@ def go(recipe, say=lambda line: None, **options):
     return run(recipe, Options(report=False, **options), say)
 
 
+def interrupt(line):
+    """Ctrl-C after the second step, given as what says how far a run is."""
+    if line.startswith("step 2/"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def final(recipe):
     return load_file(f"{recipe.train.output}/final/model.safetensors")
 
@@ -143,10 +149,6 @@ def resumed_ends_as_whole(recipe, settings):
     go(whole)
     parted = recipe("train.tokens=768", output="parted", **settings)
 
-    def interrupt(line):
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), signal.SIGINT)
-
     assert go(parted, interrupt).run.status == "interrupted"
     assert go(parted, resume=True).run.status == "finished"
     expected, found = final(whole), final(parted)
@@ -195,10 +197,6 @@ def test_a_run_is_not_resumed_on_other_windows(recipe, tmp_path):
     def made(*overrides):
         return recipe("train.tokens=768", *overrides, data={"train": str(corpus)}, velora=None)
 
-    def interrupt(line):
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), signal.SIGINT)
-
     go(made(), interrupt)
     for overrides, message in (
         (["data.max_length=32"], r"data\.max_length has changed \(16 -> 32\)"),
@@ -231,10 +229,6 @@ def test_settings_are_compared_before_any_text_is_read(recipe, tmp_path, monkeyp
 
     def made(*overrides):
         return recipe("train.steps=600", *overrides, data=text, velora=None)
-
-    def interrupt(line):
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), signal.SIGINT)
 
     go(made(), interrupt)
     monkeypatch.setattr("velora_torch.training.run.prepare_data", None)
@@ -279,10 +273,6 @@ def test_lora_of_a_tied_model_is_refused(recipe, tmp_path):
 def test_an_interrupted_lora_run_can_be_exported(recipe, tmp_path):
     made = recipe(method="lora", lora=LORA)
 
-    def interrupt(line):
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), signal.SIGINT)
-
     go(made, interrupt)
     export_run(tmp_path / "run", tmp_path / "plain", lora=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
@@ -293,10 +283,6 @@ def test_what_restarts_have_merged_is_in_an_interrupted_runs_export(recipe, tmp_
     """The random base that the run began with is not under its adapters any more."""
     lora = {**LORA, "restart_every": 1, "restart_warmup": 0}
     made = recipe(method="rslora", lora=lora)
-
-    def interrupt(line):
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), signal.SIGINT)
 
     go(made, interrupt)
     export_run(tmp_path / "run", tmp_path / "plain", lora=False)
