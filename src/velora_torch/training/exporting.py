@@ -61,10 +61,10 @@ def export_run(run: Path, to: Path, lora: bool) -> str:
     _check_links(source, run)
     merged = recipe.task == "pretrain" and source == folder.final  # whose base nobody has
     adapter = recipe.method in PEFT_METHODS or recipe.method == "coefficients"
-    if merged and adapter and lora:
+    if recipe.task == "pretrain" and adapter and lora:
         raise FolderError(
-            f"{run} started from random weights, and its adapters are merged into {source}: an "
-            f"adapter has no base to lie on. Export it without --lora"
+            f"{run} started from random weights, which nobody else has: an adapter has no base to "
+            f"lie on. Export it without --lora"
         )
     adapter = adapter and not merged
     pending = recipe.method == "coefficients" and source != folder.final

@@ -142,11 +142,8 @@ def restart(model: nn.Module, optimizer: Any, seed: int, number: int) -> None:
             with torch.random.fork_rng():
                 torch.manual_seed(layer_seed(name, seed, number))
                 layer.reset_lora_parameters(adapter, True)
-            for part in layer.adapter_layer_names:
-                own = getattr(layer, part)
-                if adapter in own:
-                    for parameter in _parameters(own[adapter]):
-                        states.pop(parameter, None)
+            for parameter in _parameters(layer, adapter):
+                states.pop(parameter, None)
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -196,8 +193,13 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _parameters(own: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    return [own] if isinstance(own, nn.Parameter) else list(own.parameters())
+def _parameters(layer: Any, adapter: str) -> Iterator[nn.Parameter]:
+    """What an adapter of a layer trains: parameters of its own, or of modules in it."""
+    for part in layer.adapter_layer_names:
+        held = getattr(layer, part)
+        if adapter in held:
+            own = held[adapter]
+            yield from [own] if isinstance(own, nn.Parameter) else own.parameters()
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -106,11 +106,13 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(recipe, method, velora):
 
 
 @pytest.mark.parametrize("velora", [None, {"sub_token_size": 4, "refresh_every": 3}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_a_run_that_restarts_its_adapters_is_resumed_bitwise(recipe, every, velora):
+def test_a_run_that_restarts_its_adapters_is_resumed_bitwise(recipe, every, dtype, velora):
     """Interrupted soon after step 2: after restarts, in one's way back, before the first."""
     lora = {**LORA, "restart_every": every, "restart_warmup": every // 2}
-    resumed_ends_as_whole(recipe, {"method": "lora", "velora": velora, "lora": lora})
+    settings = {"method": "lora", "velora": velora, "lora": lora, "dtype": dtype}
+    resumed_ends_as_whole(recipe, settings)
 
 
 @pytest.mark.parametrize("began", [False, True])
@@ -283,8 +285,9 @@ def test_what_restarts_have_merged_is_in_an_interrupted_runs_export(recipe, tmp_
     """The random base that the run began with is not under its adapters any more."""
     lora = {**LORA, "restart_every": 1, "restart_warmup": 0}
     made = recipe(method="rslora", lora=lora)
-
     go(made, interrupt)
+    with pytest.raises(FolderError, match="an adapter has no base to lie on"):
+        export_run(tmp_path / "run", tmp_path / "adapter", lora=True)
     export_run(tmp_path / "run", tmp_path / "plain", lora=False)
     exported = load_file(tmp_path / "plain" / "model.safetensors")
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")

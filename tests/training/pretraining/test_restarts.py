@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 import velora_torch
-from velora_torch.training.restarts import Restarts, base_weights, load_base, restart
+from velora_torch.training.restarts import BASE_FILE, Restarts, base_weights, load_base, restart
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 FEATURES, HIDDEN, CLASSES, TOKENS = 12, 10, 3, 7
@@ -165,10 +166,6 @@ def test_the_rate_falls_at_each_restart_and_comes_back():
 
 
 def test_weights_of_another_run_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    from velora_torch.training.restarts import BASE_FILE
-
     save_file({"inner.weight": torch.zeros(2, 2)}, tmp_path / BASE_FILE)
     with pytest.raises(ValueError, match=r"inner\.weight.*which this model has not"):
         load_base(base_weights(adapted()), tmp_path)
