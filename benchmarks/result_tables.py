@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from velora_torch.bench.catalogue import BENCHES
 from velora_torch.bench.collect import collect
 from velora_torch.bench.grid import Finished, Row
 from velora_torch.bench.pretrain.protocol import LOCAL_RATES, LONG_RATES, REST, Rates
-from velora_torch.bench.pretrain.table import CATEGORIES, lines_of
+from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
@@ -46,13 +46,12 @@ FINE_TUNED = {
 """What is fine-tuned, by bench."""
 PRE_TRAINED = (
     *("full", "full-8bit", "full-gc", "lora", "relora", "apollo", "flora"),
-    *("galore", "galore-packaged", "galore-twelfth", "galore-twelfth-packaged"),
+    *("galore", "galore-twelfth"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
 )
-"""Variants in the README, those with their package's eps only in place of the others;
-docs/results/pretraining.md has them all."""
+"""Variants in the README; docs/results/pretraining.md has them all."""
 _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 PAIRED = (
@@ -168,27 +167,40 @@ def _fine_tuning() -> str:
 
 
 def _pre_training() -> str:
-    body = []
-    for scale, folder in PRE_TRAINING_ROWS.items():
-        own = _finished("pretrain", scale, folder)
-        for task in own.bench.scales[scale].tasks:
-            model = f"{task}, {_millions(own.rows, task)}"
-            lines = {line.variant.name: line for line in lines_of(own, task)}
-            for name, line in lines.items():
-                if _in_readme(name, lines):
-                    quality = [format_estimate(line.perplexity, 1.0), format_change(line.relative)]
-                    sizes = (line.memory["optimizer_state"], line.peak)
-                    memory = [known(size, format_bytes) for size in sizes]
-                    step = known(line.seconds, format_seconds)
-                    body.append([model, line.variant.label, *quality, *memory, step])
-    header = ["pre-trained", "method", "perplexity", "% against full", "optimizer state"]
-    header += ["peak", "step"]
+    """A row for each method: perplexities of every model and length, then what a step holds."""
+    header, columns = ["pre-trained"], []
+    found = {scale: _finished("pretrain", scale, of) for scale, of in PRE_TRAINING_ROWS.items()}
+    for task in found[SCALE].bench.scales[SCALE].tasks:
+        for scale, own in found.items():
+            if task in own.bench.scales[scale].tasks:
+                lines = {line.variant.name: line for line in lines_of(own, task)}
+                header.append(f"{task}, {_millions(own.rows, task)}")
+                columns.append({name: _against_full(line) for name, line in lines.items()})
+        lines = {line.variant.name: line for line in lines_of(found[SCALE], task)}
+        header += ["optimizer state", "peak", "step"]
+        columns += [
+            {name: known(of.memory["optimizer_state"], format_bytes) for name, of in lines.items()},
+            {name: known(of.peak, format_bytes) for name, of in lines.items()},
+            {name: _step(of) for name, of in lines.items()},
+        ]
+    variants = found[SCALE].bench.variants
+    measured = [of for of in variants if of.name in PRE_TRAINED and of.name in columns[0]]
+    body = [[of.label, *(column.get(of.name, MISSING) for column in columns)] for of in measured]
     return markdown_grid(header, body)
 
 
-def _in_readme(variant: str, measured: Collection[str]) -> bool:
-    fairer = variant.removesuffix("-packaged")
-    return variant in PRE_TRAINED and (variant == fairer or fairer not in measured)
+def _against_full(line: Line) -> str:
+    """Full training's perplexity; another method's, less that, in per cent."""
+    if line.relative is None:
+        return format_estimate(line.perplexity, 1.0)
+    return f"{format_change(line.relative)}%"
+
+
+def _step(line: Line) -> str:
+    """Full training's time; another method's, over that."""
+    if line.variant.base is None:
+        return known(line.seconds, format_seconds)
+    return known(line.ratio, format_ratio)
 
 
 def _speed() -> str:
@@ -208,11 +220,6 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
     tokens = _tokens_to_match(own.rows, task) if scale != SCALE else None
     for line in lines:
         sizes = (*line.memory.values(), line.peak)
-        step = ""
-        if line is lines[0] and line.seconds is not None:
-            step = format_seconds(line.seconds)
-        elif line.ratio is not None:
-            step = format_ratio(line.ratio)
         cells = [
             line.variant.label,
             str(sum(row.task == task and row.variant == line.variant.name for row in own.rows)),
@@ -223,7 +230,7 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
         if tokens is not None:
             assert line.perplexity is not None
             cells.insert(4, f"{tokens(line.perplexity.mean) / 1e6:.1f}M")
-        body.append([*cells, step] if timed else cells)
+        body.append([*cells, _step(line)] if timed else cells)
     header = ["method", "seeds", "perplexity", "% against full"]
     header += ["full training needs", *CATEGORIES.values()] if tokens else CATEGORIES.values()
     header += ["peak of a step", *(["step"] if timed else [])]
