@@ -89,6 +89,7 @@ SMALL: Pairs = {
     "velora-all-gaussian": _around(2e-3),
     "velora-all-average": _around(2e-3, 5e-4),
     "velora-all-running": _around(2.5e-4, 1e-3, 2e-3),
+    "velora-all-each-step": _around(1e-3),
 }
 LARGER: Pairs = {
     "full": _around(2.5e-4, 1e-3),

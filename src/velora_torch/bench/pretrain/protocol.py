@@ -51,6 +51,7 @@ VARIANTS = (
     Variant("velora-all-gaussian", "VeLoRA: all, Gaussian v", "full"),
     Variant("velora-all-average", "VeLoRA: all, fixed average", "full"),
     Variant("velora-all-running", "VeLoRA: all, running average", "full"),
+    Variant("velora-all-each-step", "VeLoRA: all, whole gradient, redrawn every step", "full"),
     Variant("velora-all-m4", "VeLoRA: all, M = 4", "full"),
     Variant("velora-all-m16", "VeLoRA: all, M = 16", "full"),
     Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
@@ -95,6 +96,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-all-average": {"velora": _velora(ALL_LINEAR)},
     "velora-all-running": {
         "velora": _velora(ALL_LINEAR, init="running_average", vectors="per_group")
+    },
+    "velora-all-each-step": {
+        "velora": _velora(ALL_LINEAR, gradient="dense", **{**REDRAWN, "refresh_every": 1})
     },
     "velora-all-m4": {"velora": _velora(ALL_LINEAR, 4, **REDRAWN)},
     "velora-all-m16": {"velora": _velora(ALL_LINEAR, 16, **REDRAWN)},
@@ -162,6 +166,7 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "flora": 5e-4,
     **{name: 2e-3 for name in METHODS if name.startswith("velora-all")},
     "velora-all-running": 2.5e-4,
+    "velora-all-each-step": 1e-3,
 }
 _LARGER = dict.fromkeys(METHODS, 1e-3) | {
     "full": 5e-4,
