@@ -128,6 +128,31 @@ def test_coefficients_are_folded_where_new_vectors_are_due(settings: dict[str, A
     assert (layer.velora.due, layer.velora.pending, layer.velora.folds) == (True, False, 1)
 
 
+@pytest.mark.parametrize("init", RANDOM)
+@pytest.mark.parametrize("vectors", VECTORS)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_scaled_by_m_random_vectors_are_right_on_average(init: str, vectors: str, gradient: str):
+    """E[v v^T] = I/M. Of n draws the mean is off by sqrt((M - 1) / n) of the exact gradient."""
+    torch.manual_seed(1)
+    plain = linear(12, 64).double()
+    settings = {"init": init, "vectors": vectors, "gradient": gradient, "refresh_every": 1}
+    layer = compress(plain, num_groups=3, scale=4.0, **settings)
+    x, draws = torch.randn(6, 12, dtype=torch.float64), 300
+    plain(x).square().sum().backward()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    total = torch.zeros_like(plain.weight)
+    for _ in range(draws):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        if gradient == "dense":
+            total += layer.weight.grad
+        else:
+            total += torch.einsum("og,gm->ogm", layer.coef.grad, layer.velora_vectors).flatten(1)
+        optimizer.step()
+    error = (total / draws - plain.weight.grad).norm() / plain.weight.grad.norm()
+    assert 0.5 < error / (3 / draws) ** 0.5 < 1.5
+
+
 @pytest.mark.parametrize("vectors", VECTORS)
 def test_rademacher_vectors_are_their_own_signs(vectors: str):
     layer = layer_of(init="rademacher", vectors=vectors, num_groups=4)
