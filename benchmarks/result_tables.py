@@ -66,6 +66,10 @@ PAIRED = (
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-value-down", ("full", "galore")),
+    (
+        *("local", "llama-15m", "relora"),
+        ("full", "lora", "galore", "velora-not-qk", "velora-all-m4"),
+    ),
     ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
     ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
     ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
@@ -102,6 +106,7 @@ PAIRED_VECTORS = (
     ("local", "llama-3m", "velora-qk-faster", ("full", "velora-qk")),
     ("local", "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
     ("local", "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
+    ("local", "llama-3m", "velora-all-each-step", ("full", "velora-all", "velora-all-fixed")),
     ("local", "llama-3m", "apollo-eps", ("full", "apollo")),
 )
 """The same for the page of the analysis."""
