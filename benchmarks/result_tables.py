@@ -45,8 +45,8 @@ FINE_TUNED = {
 }
 """What is fine-tuned, by bench."""
 PRE_TRAINED = (
-    *("full", "full-8bit", "full-gc", "lora", "relora", "apollo", "flora"),
-    *("galore", "galore-twelfth"),
+    *("full", "full-8bit", "full-gc", "lora", "relora"),
+    *("galore", "galore-twelfth", "apollo", "flora"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
@@ -176,22 +176,28 @@ def _pre_training() -> str:
     header, columns = ["pre-trained"], []
     found = {scale: _finished("pretrain", scale, of) for scale, of in PRE_TRAINING_ROWS.items()}
     for task in found[SCALE].bench.scales[SCALE].tasks:
-        for scale, own in found.items():
-            if task in own.bench.scales[scale].tasks:
-                lines = {line.variant.name: line for line in lines_of(own, task)}
+        for own in found.values():
+            if task in own.bench.scales[own.scale].tasks:
                 header.append(f"{task}, {_millions(own.rows, task)}")
-                columns.append({name: _against_full(line) for name, line in lines.items()})
-        lines = {line.variant.name: line for line in lines_of(found[SCALE], task)}
+                columns.append(_by_name(own, task, _against_full))
         header += ["optimizer state", "peak", "step"]
         columns += [
-            {name: known(of.memory["optimizer_state"], format_bytes) for name, of in lines.items()},
-            {name: known(of.peak, format_bytes) for name, of in lines.items()},
-            {name: _step(of) for name, of in lines.items()},
+            _by_name(
+                found[SCALE], task, lambda of: known(of.memory["optimizer_state"], format_bytes)
+            ),
+            _by_name(found[SCALE], task, lambda of: known(of.peak, format_bytes)),
+            _by_name(found[SCALE], task, _step),
         ]
-    variants = found[SCALE].bench.variants
-    measured = [of for of in variants if of.name in PRE_TRAINED and of.name in columns[0]]
-    body = [[of.label, *(column.get(of.name, MISSING) for column in columns)] for of in measured]
+    body = [
+        [variant.label, *(column.get(variant.name, MISSING) for column in columns)]
+        for variant in found[SCALE].bench.variants
+        if variant.name in PRE_TRAINED and any(variant.name in column for column in columns)
+    ]
     return markdown_grid(header, body)
+
+
+def _by_name(own: Finished, task: str, of: Callable[[Line], str]) -> dict[str, str]:
+    return {line.variant.name: of(line) for line in lines_of(own, task)}
 
 
 def _against_full(line: Line) -> str:
