@@ -85,6 +85,7 @@ PAIRED = (
     ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
+    ("long", "llama-3m", "relora", ("full", "lora", "galore", "velora-all-m4")),
     ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
     ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
     (
