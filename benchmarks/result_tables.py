@@ -54,9 +54,10 @@ PRE_TRAINED = (
 """Variants in the README; docs/results/pretraining.md has them all."""
 _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
+_BESIDE_RELORA = ("full", "lora", "galore", "velora-not-qk", "velora-all-m4")
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
-    ("local", "llama-3m", "relora", ("full", "lora", "galore", "velora-not-qk", "velora-all-m4")),
+    ("local", "llama-3m", "relora", _BESIDE_RELORA),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
@@ -66,10 +67,7 @@ PAIRED = (
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-value-down", ("full", "galore")),
-    (
-        *("local", "llama-15m", "relora"),
-        ("full", "lora", "galore", "velora-not-qk", "velora-all-m4"),
-    ),
+    ("local", "llama-15m", "relora", _BESIDE_RELORA),
     ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
     ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
     ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
@@ -176,29 +174,29 @@ def _pre_training() -> str:
     """A row for each method: perplexities of every model and length, then what a step holds."""
     header, columns = ["pre-trained"], []
     found = {scale: _finished("pretrain", scale, of) for scale, of in PRE_TRAINING_ROWS.items()}
-    for task in found[SCALE].bench.scales[SCALE].tasks:
+    short = found[SCALE]
+    for task in short.bench.scales[SCALE].tasks:
         for own in found.values():
             if task in own.bench.scales[own.scale].tasks:
                 header.append(f"{task}, {_millions(own.rows, task)}")
-                columns.append(_by_name(own, task, _against_full))
+                columns.append(_by_name(lines_of(own, task), _against_full))
+        lines = lines_of(short, task)
         header += ["optimizer state", "peak", "step"]
         columns += [
-            _by_name(
-                found[SCALE], task, lambda of: known(of.memory["optimizer_state"], format_bytes)
-            ),
-            _by_name(found[SCALE], task, lambda of: known(of.peak, format_bytes)),
-            _by_name(found[SCALE], task, _step),
+            _by_name(lines, lambda of: known(of.memory["optimizer_state"], format_bytes)),
+            _by_name(lines, lambda of: known(of.peak, format_bytes)),
+            _by_name(lines, _step),
         ]
     body = [
         [variant.label, *(column.get(variant.name, MISSING) for column in columns)]
-        for variant in found[SCALE].bench.variants
+        for variant in short.bench.variants
         if variant.name in PRE_TRAINED and any(variant.name in column for column in columns)
     ]
     return markdown_grid(header, body)
 
 
-def _by_name(own: Finished, task: str, of: Callable[[Line], str]) -> dict[str, str]:
-    return {line.variant.name: of(line) for line in lines_of(own, task)}
+def _by_name(lines: Sequence[Line], cell: Callable[[Line], str]) -> dict[str, str]:
+    return {line.variant.name: cell(line) for line in lines}
 
 
 def _against_full(line: Line) -> str:

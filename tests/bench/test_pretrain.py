@@ -119,7 +119,7 @@ def test_a_cell_of_each_method(sources, variant, tmp_path, monkeypatch):
         "apollo": "optimizer_state",
         "flora": "optimizer_state",
         "velora-paper": None,  # gradients are dense, and the states are AdamW's
-        "velora-all-each-step": "saved_activations",  # the same
+        "velora-all-each-step": "saved_activations",  # the rest is as large
     }.get(variant, "optimizer_state")
     if smaller is not None and variant != "full":
         assert row.memory[smaller] < full.memory[smaller]
