@@ -5,8 +5,8 @@
 
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
 against full AdamW; times of training steps. docs/results/pretraining.md has one for each model,
-one for more tokens, one that compares methods seed by seed and one of the sweep of learning rates;
-docs/results/analysis.md has one that compares choices of v.
+one for more tokens, one that compares methods seed by seed, one of how stable their order is and
+one of the sweep of learning rates; docs/results/analysis.md has one that compares choices of v.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import choose_rates
@@ -30,7 +31,7 @@ from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
-from velora_torch.bench.statistics import by_variant, estimate
+from velora_torch.bench.statistics import by_variant, estimate, same_order
 from velora_torch.bench.table import format_change, format_estimate, summarise
 from velora_torch.bench.writing import MISSING, known, markdown_grid
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
@@ -306,6 +307,41 @@ def _short(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def order() -> str:
+    """How many pairs of methods end in the same order with another seed, model or length."""
+    sizes = {
+        f"{task}, {_millions(own.rows, task)}": _by_seed(own.rows, task)
+        for own in (_finished("pretrain", *of) for of in PRE_TRAINING_ROWS.items())
+        for task in own.bench.scales[own.scale].tasks
+    }
+    compared = [
+        (f"{name}: seeds {one + 1} and {other + 1}", of[one], of[other])
+        for name, of in sizes.items()
+        for one, other in combinations(sorted(of), 2)
+    ]
+    (small, first), *others = sizes.items()
+    compared += [
+        (f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed])
+        for name, of in others
+        for seed in sorted(first.keys() & of.keys())
+    ]
+    body = []
+    for name, one, other in compared:
+        share = same_order(one, other)
+        assert share is not None
+        body.append([name, str(len(one.keys() & other.keys())), f"{share:.0%}"])
+    return markdown_grid(["orders of", "methods", "pairs in one order"], body)
+
+
+def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:
+    """Seed -> variant -> perplexity; without gradient checkpointing, which is full training."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row.task == task and row.variant != "full-gc":
+            found.setdefault(row.seed, {})[row.variant] = row.score
+    return found
+
+
 Pairs = tuple[tuple[str, str, str, tuple[str, ...]], ...]
 
 
@@ -345,6 +381,7 @@ PLACES = (
     ),
     Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
     Place(PRE_TRAINING, "pairs", partial(paired, PAIRED)),
+    Place(PRE_TRAINING, "order", order),
     Place(PRE_TRAINING, "rates", rates),
     Place(ANALYSIS, "ablations", partial(paired, PAIRED_VECTORS)),
 )

@@ -14,6 +14,7 @@ from velora_torch.bench.statistics import (
     average_over,
     difference,
     estimate,
+    same_order,
     shared_tasks,
     verdict,
 )
@@ -76,3 +77,10 @@ def test_verdict(gap, expected):
 
 def test_shared_tasks_are_those_of_all_variants():
     assert shared_tasks({"x": BASE, "y": {"b": {0: 1.0}}}, ["a", "b", "c"]) == ["b"]
+
+
+def test_share_of_pairs_in_one_order():
+    # pairs of a, b, c: (a, b) turned round, (a, c) and (b, c) as before; d is in one of them alone
+    assert same_order({"a": 1, "b": 2, "c": 3, "d": 0}, {"a": 5, "b": 4, "c": 9}) == close(2 / 3)
+    assert same_order({"a": 1, "b": 2}, {"a": 5, "b": 5}) == 0
+    assert same_order({"a": 1, "b": 2}, {"b": 2, "c": 3}) is None

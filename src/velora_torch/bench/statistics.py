@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from velora_torch.bench.grid import Row
 
@@ -56,6 +57,19 @@ def average(estimates: Sequence[Estimate | None]) -> Estimate | None:
     if len(errors) < len(known):
         return Estimate(mean)
     return Estimate(mean, math.hypot(*errors) / len(errors))
+
+
+def same_order(first: Mapping[str, float], second: Mapping[str, float]) -> float | None:
+    """Share of pairs of names whose scores stand in one order in both: 1 for the same ranking.
+
+    Chance is a half; Kendall's tau is twice the share less 1. Only names in both count, and equal
+    scores are in no order. None with fewer than two names.
+    """
+    pairs = list(combinations(sorted(first.keys() & second.keys()), 2))
+    if not pairs:
+        return None
+    same = [(first[a] - first[b]) * (second[a] - second[b]) > 0 for a, b in pairs]
+    return statistics.fmean(same)
 
 
 def shared_tasks(scores: Mapping[str, Scores], tasks: Sequence[str]) -> list[str]:
