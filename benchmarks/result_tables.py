@@ -307,6 +307,30 @@ def _short(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def course(task: str, scale: str) -> str:
+    """Perplexity of full training while it trains, and how far the others are from it, in %."""
+    own = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale])
+    curves: dict[str, dict[int, dict[int, float]]] = {}
+    for row in own.rows:
+        if row.task == task:
+            curve = {at["tokens"]: at["perplexity"] for at in row.details["curve"]}
+            curves.setdefault(row.variant, {})[row.seed] = curve
+    full = curves["full"]
+    moments, body = list(full[0]), []
+    for variant in own.bench.variants:
+        mine = curves.get(variant.name, {})
+        if seeds := sorted(mine.keys() & full.keys()):
+            if variant.name == "full":
+                means = [estimate([full[seed][at] for seed in seeds]) for at in moments]
+                cells = [format_estimate(mean, 1.0) for mean in means]
+            else:
+                gaps = [[mine[seed][at] / full[seed][at] - 1 for seed in seeds] for at in moments]
+                cells = [format_change(estimate(gap)) for gap in gaps]
+            body.append([variant.label, str(len(seeds)), *cells])
+    header = ["method", "seeds", *(f"{at / 1e6:.1f}M" for at in moments)]
+    return markdown_grid(header, body)
+
+
 def order() -> str:
     """How many pairs of methods end in the same order with another seed, model or length."""
     sizes = {
@@ -381,6 +405,8 @@ PLACES = (
     ),
     Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
     Place(PRE_TRAINING, "pairs", partial(paired, PAIRED)),
+    Place(PRE_TRAINING, "course", partial(course, "llama-3m", SCALE)),
+    Place(PRE_TRAINING, "long-course", partial(course, "llama-3m", "long")),
     Place(PRE_TRAINING, "order", order),
     Place(PRE_TRAINING, "rates", rates),
     Place(ANALYSIS, "ablations", partial(paired, PAIRED_VECTORS)),
