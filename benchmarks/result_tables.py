@@ -31,7 +31,7 @@ from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
-from velora_torch.bench.statistics import by_variant, estimate, same_order
+from velora_torch.bench.statistics import by_variant, estimate, turned_pairs
 from velora_torch.bench.table import format_change, format_estimate, summarise
 from velora_torch.bench.writing import MISSING, known, markdown_grid
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
@@ -240,10 +240,13 @@ def pre_trained(task: str, scale: str = SCALE) -> str:
         ]
         if tokens is not None:
             assert line.perplexity is not None
-            cells.insert(4, f"{tokens(line.perplexity.mean) / 1e6:.1f}M")
+            needed = tokens(line.perplexity.mean)
+            over = own.rows[0].details["tokens"] / needed
+            cells.insert(4, f"{needed / 1e6:.1f}M, {format_ratio(over)}")
         body.append([*cells, _step(line)] if timed else cells)
     header = ["method", "seeds", "perplexity", "% against full"]
-    header += ["full training needs", *CATEGORIES.values()] if tokens else CATEGORIES.values()
+    header += ["full training needs, tokens over that"] if tokens else []
+    header += CATEGORIES.values()
     header += ["peak of a step", *(["step"] if timed else [])]
     return markdown_grid(header, body)
 
@@ -344,17 +347,27 @@ def order() -> str:
         for one, other in combinations(sorted(of), 2)
     ]
     (small, first), *others = sizes.items()
-    compared += [
-        (f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed])
-        for name, of in others
-        for seed in sorted(first.keys() & of.keys())
-    ]
+    for name, of in others:
+        for seed in sorted(first.keys() & of.keys()):
+            compared.append((f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed]))
+    longest, seed = others[-1], min(first)
+    rest = {name: score for name, score in first[seed].items() if name != "apollo"}
+    words = f"{small}, and {longest[0]}: seed {seed + 1}, without APOLLO"
+    compared.append((words, rest, longest[1][seed]))
     body = []
     for name, one, other in compared:
-        share = same_order(one, other)
-        assert share is not None
-        body.append([name, str(len(one.keys() & other.keys())), f"{share:.0%}"])
-    return markdown_grid(["orders of", "methods", "pairs in one order"], body)
+        methods, turned = one.keys() & other.keys(), turned_pairs(one, other)
+        kept = 1 - len(turned) / math.comb(len(methods), 2)
+        ratios = [max(one[a], one[b]) / min(one[a], one[b]) for a, b in turned]
+        apart = known(max(ratios, default=None), lambda ratio: f"{ratio - 1:.1%}")
+        body.append([name, str(len(methods)), f"{kept:.0%}", apart])
+    header = [
+        "orders of",
+        "methods",
+        "pairs in one order",
+        "furthest apart of the others, at first",
+    ]
+    return markdown_grid(header, body)
 
 
 def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:

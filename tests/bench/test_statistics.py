@@ -14,8 +14,8 @@ from velora_torch.bench.statistics import (
     average_over,
     difference,
     estimate,
-    same_order,
     shared_tasks,
+    turned_pairs,
     verdict,
 )
 
@@ -79,8 +79,10 @@ def test_shared_tasks_are_those_of_all_variants():
     assert shared_tasks({"x": BASE, "y": {"b": {0: 1.0}}}, ["a", "b", "c"]) == ["b"]
 
 
-def test_share_of_pairs_in_one_order():
-    # pairs of a, b, c: (a, b) turned round, (a, c) and (b, c) as before; d is in one of them alone
-    assert same_order({"a": 1, "b": 2, "c": 3, "d": 0}, {"a": 5, "b": 4, "c": 9}) == close(2 / 3)
-    assert same_order({"a": 1, "b": 2}, {"a": 5, "b": 5}) == 0
-    assert same_order({"a": 1, "b": 2}, {"b": 2, "c": 3}) is None
+def test_pairs_that_turn():
+    # d is in one of them alone; b and c change places
+    first, second = {"a": 1, "c": 2, "b": 3, "d": 0}, {"a": 5, "b": 7, "c": 9}
+    assert turned_pairs(first, second) == [("b", "c")]
+    assert turned_pairs(second, first) == [("b", "c")]
+    assert turned_pairs(first, first) == []
+    assert turned_pairs({"a": 1, "b": 2}, {"a": 5, "b": 5}) == [("a", "b")]

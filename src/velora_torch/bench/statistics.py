@@ -59,17 +59,14 @@ def average(estimates: Sequence[Estimate | None]) -> Estimate | None:
     return Estimate(mean, math.hypot(*errors) / len(errors))
 
 
-def same_order(first: Mapping[str, float], second: Mapping[str, float]) -> float | None:
-    """Share of pairs of names whose scores stand in one order in both: 1 for the same ranking.
+def turned_pairs(first: Mapping[str, float], second: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Pairs of names whose scores do not stand in one order in both.
 
-    Chance is a half; Kendall's tau is twice the share less 1. Only names in both count, and equal
-    scores are in no order. None with fewer than two names.
+    Only names in both count; equal scores have no order, and their pair has turned. Where a share
+    t of all pairs has, Kendall's tau is 1 - 2t.
     """
-    pairs = list(combinations(sorted(first.keys() & second.keys()), 2))
-    if not pairs:
-        return None
-    same = [(first[a] - first[b]) * (second[a] - second[b]) > 0 for a, b in pairs]
-    return statistics.fmean(same)
+    pairs = combinations(sorted(first.keys() & second.keys()), 2)
+    return [(a, b) for a, b in pairs if (first[a] - first[b]) * (second[a] - second[b]) <= 0]
 
 
 def shared_tasks(scores: Mapping[str, Scores], tasks: Sequence[str]) -> list[str]:
