@@ -5,8 +5,9 @@
 
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
 against full AdamW; times of training steps. docs/results/pretraining.md has one for each model,
-one for more tokens, one that compares methods seed by seed, one of how stable their order is and
-one of the sweep of learning rates; docs/results/analysis.md has one that compares choices of v.
+one for more tokens, two of how methods stand on the way, one of how stable their order is, one that
+compares them seed by seed and one of the sweep of learning rates; docs/results/analysis.md has one
+that compares choices of v.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -31,7 +32,7 @@ from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
-from velora_torch.bench.statistics import by_variant, estimate, turned_pairs
+from velora_torch.bench.statistics import by_variant, estimate
 from velora_torch.bench.table import format_change, format_estimate, summarise
 from velora_torch.bench.writing import MISSING, known, markdown_grid
 from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
@@ -334,40 +335,50 @@ def course(task: str, scale: str) -> str:
     return markdown_grid(header, body)
 
 
+Ends = Mapping[str, float]
+"""Variant -> perplexity at the end."""
+
+
 def order() -> str:
     """How many pairs of methods end in the same order with another seed, model or length."""
-    sizes = {
-        f"{task}, {_millions(own.rows, task)}": _by_seed(own.rows, task)
-        for own in (_finished("pretrain", *of) for of in PRE_TRAINING_ROWS.items())
-        for task in own.bench.scales[own.scale].tasks
-    }
-    compared = [
-        (f"{name}: seeds {one + 1} and {other + 1}", of[one], of[other])
-        for name, of in sizes.items()
-        for one, other in combinations(sorted(of), 2)
-    ]
-    (small, first), *others = sizes.items()
-    for name, of in others:
-        for seed in sorted(first.keys() & of.keys()):
-            compared.append((f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed]))
-    longest, seed = others[-1], min(first)
-    rest = {name: score for name, score in first[seed].items() if name != "apollo"}
-    words = f"{small}, and {longest[0]}: seed {seed + 1}, without APOLLO"
-    compared.append((words, rest, longest[1][seed]))
     body = []
-    for name, one, other in compared:
+    for name, one, other in _compared():
         methods, turned = one.keys() & other.keys(), turned_pairs(one, other)
         kept = 1 - len(turned) / math.comb(len(methods), 2)
         ratios = [max(one[a], one[b]) / min(one[a], one[b]) for a, b in turned]
         apart = known(max(ratios, default=None), lambda ratio: f"{ratio - 1:.1%}")
         body.append([name, str(len(methods)), f"{kept:.0%}", apart])
-    header = [
-        "orders of",
-        "methods",
-        "pairs in one order",
-        "furthest apart of the others, at first",
-    ]
-    return markdown_grid(header, body)
+    last = "furthest apart of the others, at first"
+    return markdown_grid(["orders of", "methods", "pairs in one order", last], body)
+
+
+def turned_pairs(first: Ends, second: Ends) -> list[tuple[str, str]]:
+    """Pairs of methods that do not stand in one order in both.
+
+    Only methods in both count; equal scores have no order, and their pair has turned. Where a
+    share t of all pairs has, Kendall's tau is 1 - 2t.
+    """
+    pairs = combinations(sorted(first.keys() & second.keys()), 2)
+    return [(a, b) for a, b in pairs if (first[a] - first[b]) * (second[a] - second[b]) <= 0]
+
+
+def _compared() -> Iterator[tuple[str, Ends, Ends]]:
+    """Two seeds of one size, the first size and another with one seed, and that without APOLLO."""
+    sizes = {
+        f"{task}, {_millions(own.rows, task)}": _by_seed(own.rows, task)
+        for own in (_finished("pretrain", *of) for of in PRE_TRAINING_ROWS.items())
+        for task in own.bench.scales[own.scale].tasks
+    }
+    for name, of in sizes.items():
+        for one, other in combinations(sorted(of), 2):
+            yield f"{name}: seeds {one + 1} and {other + 1}", of[one], of[other]
+    (small, first), *others = sizes.items()
+    for name, of in others:
+        for seed in sorted(first.keys() & of.keys()):
+            yield f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed]
+    longest, of = others[-1]
+    rest = {variant: end for variant, end in first[0].items() if variant != "apollo"}
+    yield f"{small}, and {longest}: seed 1, without APOLLO", rest, of[0]
 
 
 def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:

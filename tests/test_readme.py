@@ -73,3 +73,12 @@ def test_results_need_their_place(tables):
     for wrong in ("", place.end + place.begin, 2 * README):
         with pytest.raises(ValueError, match="once each and in this order"):
             tables.with_results("README.md", wrong)
+
+
+def test_pairs_of_methods_that_change_places(tables):
+    # d is in one of them alone; b and c change places
+    first, second = {"a": 1, "c": 2, "b": 3, "d": 0}, {"a": 5, "b": 7, "c": 9}
+    assert tables.turned_pairs(first, second) == [("b", "c")]
+    assert tables.turned_pairs(second, first) == [("b", "c")]
+    assert tables.turned_pairs(first, first) == []
+    assert tables.turned_pairs({"a": 1, "b": 2}, {"a": 5, "b": 5}) == [("a", "b")]

@@ -15,7 +15,6 @@ from velora_torch.bench.statistics import (
     difference,
     estimate,
     shared_tasks,
-    turned_pairs,
     verdict,
 )
 
@@ -77,12 +76,3 @@ def test_verdict(gap, expected):
 
 def test_shared_tasks_are_those_of_all_variants():
     assert shared_tasks({"x": BASE, "y": {"b": {0: 1.0}}}, ["a", "b", "c"]) == ["b"]
-
-
-def test_pairs_that_turn():
-    # d is in one of them alone; b and c change places
-    first, second = {"a": 1, "c": 2, "b": 3, "d": 0}, {"a": 5, "b": 7, "c": 9}
-    assert turned_pairs(first, second) == [("b", "c")]
-    assert turned_pairs(second, first) == [("b", "c")]
-    assert turned_pairs(first, first) == []
-    assert turned_pairs({"a": 1, "b": 2}, {"a": 5, "b": 5}) == [("a", "b")]

@@ -10,7 +10,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from velora_torch.bench.grid import Row
 
@@ -57,16 +56,6 @@ def average(estimates: Sequence[Estimate | None]) -> Estimate | None:
     if len(errors) < len(known):
         return Estimate(mean)
     return Estimate(mean, math.hypot(*errors) / len(errors))
-
-
-def turned_pairs(first: Mapping[str, float], second: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Pairs of names whose scores do not stand in one order in both.
-
-    Only names in both count; equal scores have no order, and their pair has turned. Where a share
-    t of all pairs has, Kendall's tau is 1 - 2t.
-    """
-    pairs = combinations(sorted(first.keys() & second.keys()), 2)
-    return [(a, b) for a, b in pairs if (first[a] - first[b]) * (second[a] - second[b]) <= 0]
 
 
 def shared_tasks(scores: Mapping[str, Scores], tasks: Sequence[str]) -> list[str]:
