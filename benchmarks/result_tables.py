@@ -13,33 +13,36 @@ that compares choices of v.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
-import choose_rates
 from marked import replaced
+from pretraining_tables import (
+    PAIRED,
+    PAIRED_VECTORS,
+    PRE_TRAINING_ROWS,
+    course,
+    millions,
+    order,
+    paired,
+    pre_trained,
+    rates,
+    step,
+)
+from result_rows import RESULTS, SCALE, finished
 from velora_torch.atomic import write_whole
 from velora_torch.bench.catalogue import BENCHES
-from velora_torch.bench.collect import collect
-from velora_torch.bench.grid import Finished, Row
-from velora_torch.bench.pretrain.protocol import LOCAL_RATES, LONG_RATES, REST, Rates
-from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
+from velora_torch.bench.pretrain.table import Line, lines_of
 from velora_torch.bench.speed.cases import CASES
 from velora_torch.bench.speed.rows import against, read_rows
 from velora_torch.bench.speed.table import format_spread, found_rows
-from velora_torch.bench.statistics import by_variant, estimate
 from velora_torch.bench.table import format_change, format_estimate, summarise
 from velora_torch.bench.writing import MISSING, known, markdown_grid
-from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
+from velora_torch.report.quantities import format_bytes, format_ratio
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-SCALE = "local"
 FINE_TUNED = {
     "glue": "MiniLM, 6 text tasks",
     "vtab": "DINOv2-S, 7 image tasks",
@@ -54,67 +57,6 @@ PRE_TRAINED = (
     "velora-value-down-8bit-gc",
 )
 """Variants in the README; docs/results/pretraining.md has them all."""
-_PROJECTED = ("galore", "apollo", "flora")
-_ALL = ("full", "velora-all", *_PROJECTED)
-_BESIDE_RELORA = ("full", "lora", "galore", "velora-not-qk", "velora-all-m4")
-PAIRED = (
-    ("local", "llama-3m", "velora-value-down", ("full", "lora")),
-    ("local", "llama-3m", "relora", _BESIDE_RELORA),
-    ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
-    ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
-    ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
-    ("local", "llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
-    ("local", "llama-3m", "velora-all-m4", ("full", "velora-all")),
-    ("local", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
-    ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
-    ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
-    ("local", "llama-15m", "velora-value-down", ("full", "galore")),
-    ("local", "llama-15m", "relora", _BESIDE_RELORA),
-    ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
-    ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
-    ("local", "llama-15m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
-    ("local", "llama-15m", "velora-all-m4", ("full", "velora-all", *_PROJECTED)),
-    (
-        *("local", "llama-15m", "velora-all-m4-8bit"),
-        ("full", "full-8bit", "velora-all-m4", "velora-all", *_PROJECTED),
-    ),
-    ("local", "llama-15m", "velora-all-m16", ("full", "velora-all", "galore-twelfth")),
-    ("local", "llama-15m", "velora-all-m32", ("full", "velora-all-m16", "galore-twelfth")),
-    ("local", "llama-15m", "velora-paper", ("full", "velora-value-down")),
-    ("local", "llama-15m", "full-8bit", ("full", "galore", "velora-not-qk")),
-    ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
-    ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
-    ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
-    ("long", "llama-3m", "relora", ("full", "lora", "galore", "velora-all-m4")),
-    ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
-    ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),
-    (
-        *("long", "llama-3m", "velora-all-m4"),
-        ("full", "velora-all", "galore", "apollo", "flora", "velora-not-qk", "lora"),
-    ),
-    ("long", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", "velora-all")),
-    ("long", "llama-3m", "full-8bit", ("full", "apollo", "velora-value-down")),
-    ("long", "llama-3m", "galore", ("full", "galore-packaged", "flora")),
-    ("long", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
-    ("long", "llama-3m", "velora-all-fixed", ("velora-all",)),
-    ("long", "llama-3m", "velora-all-often", ("velora-all",)),
-)
-"""Scale, task, variant, and the variants that the page of pre-training compares it with."""
-PAIRED_VECTORS = (
-    ("local", "llama-3m", "velora-value-down-signs", ("full", "velora-value-down")),
-    ("local", "llama-3m", "velora-not-qk-average", ("full", "velora-not-qk")),
-    ("local", "llama-3m", "velora-qk", ("full",)),
-    ("local", "llama-3m", "velora-qk-faster", ("full", "velora-qk")),
-    ("local", "llama-3m", "velora-all-gaussian", ("full", "velora-all")),
-    ("local", "llama-3m", "velora-all-average", ("full", "velora-all-fixed")),
-    ("local", "llama-3m", "velora-all-each-step", ("full", "velora-all", "velora-all-fixed")),
-    ("local", "llama-3m", "apollo-eps", ("full", "apollo")),
-)
-"""The same for the page of the analysis."""
-PRE_TRAINING_ROWS = {SCALE: "pretrain", "long": "pretrain-long"}
-"""Folders by scale."""
-VECTOR_ROWS = "pretrain-ablations"
-"""The folder of the local scale's rows that only the analysis compares."""
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -151,16 +93,10 @@ def results() -> str:
     return "\n\n".join((_fine_tuning(), _pre_training(), _speed()))
 
 
-def _finished(bench: str, scale: str = SCALE, folder: str | None = None) -> Finished:
-    """Rows and times: of the folder with the bench's name, or of another."""
-    finished, _stale = collect(BENCHES[bench], scale, RESULTS / (folder or bench))
-    return finished
-
-
 def _fine_tuning() -> str:
     body = []
     for bench, model in FINE_TUNED.items():
-        own = _finished(bench)
+        own = finished(bench)
         summary = summarise(own.bench, own.scale, own.rows, own.times, own.expected)
         average = {line.label: format_estimate(line.average) for line in summary.lines}
         for pair in summary.pairs:
@@ -175,19 +111,19 @@ def _fine_tuning() -> str:
 def _pre_training() -> str:
     """A row for each method: perplexities of every model and length, then what a step holds."""
     header, columns = ["pre-trained"], []
-    found = {scale: _finished("pretrain", scale, of) for scale, of in PRE_TRAINING_ROWS.items()}
+    found = {scale: finished("pretrain", scale, of) for scale, of in PRE_TRAINING_ROWS.items()}
     short = found[SCALE]
     for task in short.bench.scales[SCALE].tasks:
         for own in found.values():
             if task in own.bench.scales[own.scale].tasks:
-                header.append(f"{task}, {_millions(own.rows, task)}")
+                header.append(f"{task}, {millions(own.rows, task)}")
                 columns.append(_by_name(lines_of(own, task), _against_full))
         lines = lines_of(short, task)
         header += ["optimizer state", "peak", "step"]
         columns += [
             _by_name(lines, lambda of: known(of.memory["optimizer_state"], format_bytes)),
             _by_name(lines, lambda of: known(of.peak, format_bytes)),
-            _by_name(lines, _step),
+            _by_name(lines, step),
         ]
     body = [
         [variant.label, *(column.get(variant.name, MISSING) for column in columns)]
@@ -208,13 +144,6 @@ def _against_full(line: Line) -> str:
     return f"{format_change(line.relative)}%"
 
 
-def _step(line: Line) -> str:
-    """Full training's time; another method's, over that."""
-    if line.variant.base is None:
-        return known(line.seconds, format_seconds)
-    return known(line.ratio, format_ratio)
-
-
 def _speed() -> str:
     rows = found_rows(read_rows(RESULTS / "speed" / "rows.jsonl"), CASES)
     body = []
@@ -222,202 +151,6 @@ def _speed() -> str:
         ratio = against(rows.get(case, ()), variant, base)
         body.append([words, format_spread(ratio) if ratio else MISSING])
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
-
-
-def pre_trained(task: str, scale: str = SCALE) -> str:
-    """All methods on one model, with what a step holds; of a longer scale, with tokens to match."""
-    own, body = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale]), []
-    lines = lines_of(own, task)
-    timed = lines[0].seconds is not None
-    tokens = _tokens_to_match(own.rows, task) if scale != SCALE else None
-    for line in lines:
-        sizes = (*line.memory.values(), line.peak)
-        cells = [
-            line.variant.label,
-            str(sum(row.task == task and row.variant == line.variant.name for row in own.rows)),
-            format_estimate(line.perplexity, 1.0),
-            "" if line.relative is None else format_change(line.relative),
-            *(known(size, format_bytes) for size in sizes),
-        ]
-        if tokens is not None:
-            assert line.perplexity is not None
-            needed = tokens(line.perplexity.mean)
-            over = own.rows[0].details["tokens"] / needed
-            cells.insert(4, f"{needed / 1e6:.1f}M, {format_ratio(over)}")
-        body.append([*cells, _step(line)] if timed else cells)
-    header = ["method", "seeds", "perplexity", "% against full"]
-    header += ["full training needs, tokens over that"] if tokens else []
-    header += CATEGORIES.values()
-    header += ["peak of a step", *(["step"] if timed else [])]
-    return markdown_grid(header, body)
-
-
-def _tokens_to_match(longer: Sequence[Row], task: str) -> Callable[[float], float]:
-    """Returns a function from a perplexity to the tokens after which full training ends there.
-
-    A power law through full training's two ends, at the local scale and at a longer one: means
-    over the seeds that both have, each the end of a whole schedule.
-    """
-    rows = [
-        {row.seed: row for row in of if (row.task, row.variant) == (task, "full")}
-        for of in (_finished("pretrain").rows, longer)
-    ]
-    seeds = sorted(rows[0].keys() & rows[1].keys())
-    few, many = (of[seeds[0]].details["tokens"] for of in rows)
-    high, low = (statistics.fmean(of[seed].score for seed in seeds) for of in rows)
-    exponent = math.log(high / low) / math.log(many / few)
-    return lambda perplexity: many * (low / perplexity) ** (1 / exponent)
-
-
-def rates() -> str:
-    """What the sweeps of learning rates have found: the bench's own rates are bold."""
-    own, body = BENCHES["pretrain"], []
-    columns = {
-        f"{task}{words}": swept
-        for bench, chosen, words in (
-            ("pretrain", LOCAL_RATES, ""),
-            ("pretrain-long", LONG_RATES, ", four times the tokens"),
-        )
-        for task in choose_rates.TASKS[bench]
-        if (swept := _swept(bench, task, chosen[task]))
-    }
-    for variant in choose_rates.SMALL | choose_rates.LARGER:
-        tried = [column.get(variant, "") for column in columns.values()]
-        body.append([own.variant(variant).label, *tried])
-    return markdown_grid(["method", *columns], body, words=tuple(columns))
-
-
-def _swept(bench: str, task: str, chosen: Mapping[str, Rates]) -> dict[str, str]:
-    """By variant: rates of the linear layers and perplexities, those of the bench's rate of the
-    rest."""
-    found: dict[str, list[tuple[float, list[float]]]] = {}
-    for (at, variant, rest, linear), of in choose_rates.scores_of(bench).items():
-        if (at, rest) == (task, REST) and linear is not None:
-            found.setdefault(variant, []).append((linear, of))
-    return {variant: _tried(sorted(of), chosen[variant].linear) for variant, of in found.items()}
-
-
-def _tried(found: Sequence[tuple[float, list[float]]], chosen: float | None) -> str:
-    shown = []
-    for linear, of in found:
-        score = f"{statistics.mean(of):.1f}" + ("†" if len(of) > 1 else "")
-        shown.append(f"**{score}**" if linear == chosen else score)
-    return f"{', '.join(_short(linear) for linear, _ in found)}: {', '.join(shown)}"
-
-
-def _short(rate: float) -> str:
-    """1.25e-4."""
-    mantissa, exponent = f"{rate:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def course(task: str, scale: str) -> str:
-    """Perplexity of full training while it trains, and how far the others are from it, in %."""
-    own = _finished("pretrain", scale, PRE_TRAINING_ROWS[scale])
-    curves: dict[str, dict[int, dict[int, float]]] = {}
-    for row in own.rows:
-        if row.task == task:
-            curve = {at["tokens"]: at["perplexity"] for at in row.details["curve"]}
-            curves.setdefault(row.variant, {})[row.seed] = curve
-    full = curves["full"]
-    moments, body = list(full[0]), []
-    for variant in own.bench.variants:
-        mine = curves.get(variant.name, {})
-        if seeds := sorted(mine.keys() & full.keys()):
-            if variant.name == "full":
-                means = [estimate([full[seed][at] for seed in seeds]) for at in moments]
-                cells = [format_estimate(mean, 1.0) for mean in means]
-            else:
-                gaps = [[mine[seed][at] / full[seed][at] - 1 for seed in seeds] for at in moments]
-                cells = [format_change(estimate(gap)) for gap in gaps]
-            body.append([variant.label, str(len(seeds)), *cells])
-    header = ["method", "seeds", *(f"{at / 1e6:.1f}M" for at in moments)]
-    return markdown_grid(header, body)
-
-
-Ends = Mapping[str, float]
-"""Variant -> perplexity at the end."""
-
-
-def order() -> str:
-    """How many pairs of methods end in the same order with another seed, model or length."""
-    body = []
-    for name, one, other in _compared():
-        methods, turned = one.keys() & other.keys(), turned_pairs(one, other)
-        kept = 1 - len(turned) / math.comb(len(methods), 2)
-        ratios = [max(one[a], one[b]) / min(one[a], one[b]) for a, b in turned]
-        apart = known(max(ratios, default=None), lambda ratio: f"{ratio - 1:.1%}")
-        body.append([name, str(len(methods)), f"{kept:.0%}", apart])
-    last = "furthest apart of the others, at first"
-    return markdown_grid(["orders of", "methods", "pairs in one order", last], body)
-
-
-def turned_pairs(first: Ends, second: Ends) -> list[tuple[str, str]]:
-    """Pairs of methods that do not stand in one order in both.
-
-    Only methods in both count; equal scores have no order, and their pair has turned. Where a
-    share t of all pairs has, Kendall's tau is 1 - 2t.
-    """
-    pairs = combinations(sorted(first.keys() & second.keys()), 2)
-    return [(a, b) for a, b in pairs if (first[a] - first[b]) * (second[a] - second[b]) <= 0]
-
-
-def _compared() -> Iterator[tuple[str, Ends, Ends]]:
-    """Two seeds of one size, the first size and another with one seed, and that without APOLLO."""
-    sizes = {
-        f"{task}, {_millions(own.rows, task)}": _by_seed(own.rows, task)
-        for own in (_finished("pretrain", *of) for of in PRE_TRAINING_ROWS.items())
-        for task in own.bench.scales[own.scale].tasks
-    }
-    for name, of in sizes.items():
-        for one, other in combinations(sorted(of), 2):
-            yield f"{name}: seeds {one + 1} and {other + 1}", of[one], of[other]
-    (small, first), *others = sizes.items()
-    for name, of in others:
-        for seed in sorted(first.keys() & of.keys()):
-            yield f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed]
-    longest, of = others[-1]
-    rest = {variant: end for variant, end in first[0].items() if variant != "apollo"}
-    yield f"{small}, and {longest}: seed 1, without APOLLO", rest, of[0]
-
-
-def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:
-    """Seed -> variant -> perplexity; without gradient checkpointing, which is full training."""
-    found: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if row.task == task and row.variant != "full-gc":
-            found.setdefault(row.seed, {})[row.variant] = row.score
-    return found
-
-
-Pairs = tuple[tuple[str, str, str, tuple[str, ...]], ...]
-
-
-def paired(pairs: Pairs) -> str:
-    """Perplexity of a method over another's, less 1, in per cent: paired by seed, and each seed."""
-    bench, body = BENCHES["pretrain"], []
-    rows = {
-        scale: list(_finished("pretrain", scale, folder).rows)
-        for scale, folder in PRE_TRAINING_ROWS.items()
-    }
-    rows[SCALE] += _finished("pretrain", folder=VECTOR_ROWS).rows
-    scores = {scale: by_variant(own) for scale, own in rows.items()}
-    for scale, task, variant, others in pairs:
-        for other in others:
-            mine, its = scores[scale][variant][task], scores[scale][other][task]
-            ratios = [mine[seed] / its[seed] - 1 for seed in sorted(mine.keys() & its.keys())]
-            labels = [bench.variant(name).label for name in (variant, other)]
-            each = ", ".join(f"{100 * ratio:+.1f}" for ratio in ratios)
-            model = f"{task}, {_millions(rows[scale], task)}"
-            body.append([model, *labels, format_change(estimate(ratios)), each])
-    header = ["model", "method", "compared with", "%", "each seed"]
-    return markdown_grid(header, body, words=header[1:3])
-
-
-def _millions(rows: Sequence[Row], task: str) -> str:
-    """The tokens that a size is trained on."""
-    tokens = next(row.details["tokens"] for row in rows if row.task == task)
-    return f"{tokens / 1e6:.1f}M tokens"
 
 
 PRE_TRAINING, ANALYSIS = "docs/results/pretraining.md", "docs/results/analysis.md"
