@@ -1,4 +1,4 @@
-"""The tables of pre-training: docs/results/pretraining.md, and the analysis' ablations.
+"""The tables of pre-training: its pages in docs/results, and the analysis' ablations.
 
 `result_tables.py` puts them into their pages.
 """
@@ -66,7 +66,7 @@ PAIRED = (
     ("long", "llama-3m", "velora-all-fixed", ("velora-all",)),
     ("long", "llama-3m", "velora-all-often", ("velora-all",)),
 )
-"""Scale, task, variant, and the variants that the page of pre-training compares it with."""
+"""Scale, task, variant, and the variants that the pages of pre-training compare it with."""
 PAIRED_VECTORS = (
     ("local", "llama-3m", "velora-value-down-signs", ("full", "velora-value-down")),
     ("local", "llama-3m", "velora-not-qk-average", ("full", "velora-not-qk")),

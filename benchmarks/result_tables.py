@@ -4,10 +4,10 @@
     python benchmarks/result_tables.py --write    # put them between the marks of each page
 
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
-against full AdamW; times of training steps. docs/results/pretraining.md has one for each model,
-one for more tokens, two of how methods stand on the way, one of how stable their order is, one that
-compares them seed by seed and one of the sweep of learning rates; docs/results/analysis.md has one
-that compares choices of v.
+against full AdamW; times of training steps. In docs/results, pretraining.md has one for each model,
+pretraining-longer.md one for more tokens; pretraining-details.md has two of how methods stand on
+the way, one of how stable their order is, one that compares them seed by seed and one of the sweep
+of learning rates; analysis.md has one that compares choices of v.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PRE_TRAINED = (
     *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4", "velora-all-m4-8bit"),
     "velora-value-down-8bit-gc",
 )
-"""Variants in the README; docs/results/pretraining.md has them all."""
+"""Variants in the README; the pages of pre-training have them all."""
 TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
@@ -153,19 +153,21 @@ def _speed() -> str:
     return markdown_grid(["time of a training step, with VeLoRA / without", ""], body)
 
 
-PRE_TRAINING, ANALYSIS = "docs/results/pretraining.md", "docs/results/analysis.md"
+ANALYSIS, PRE_TRAINING = "docs/results/analysis.md", "docs/results/pretraining.md"
+LONGER = "docs/results/pretraining-longer.md"
+DETAILS = "docs/results/pretraining-details.md"
 PLACES = (
     Place("README.md", "results", results),
     *(
         Place(PRE_TRAINING, task, partial(pre_trained, task))
         for task in BENCHES["pretrain"].scales[SCALE].tasks
     ),
-    Place(PRE_TRAINING, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
-    Place(PRE_TRAINING, "pairs", partial(paired, PAIRED)),
-    Place(PRE_TRAINING, "course", partial(course, "llama-3m", SCALE)),
-    Place(PRE_TRAINING, "long-course", partial(course, "llama-3m", "long")),
-    Place(PRE_TRAINING, "order", order),
-    Place(PRE_TRAINING, "rates", rates),
+    Place(LONGER, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
+    Place(DETAILS, "pairs", partial(paired, PAIRED)),
+    Place(DETAILS, "course", partial(course, "llama-3m", SCALE)),
+    Place(DETAILS, "long-course", partial(course, "llama-3m", "long")),
+    Place(DETAILS, "order", order),
+    Place(DETAILS, "rates", rates),
     Place(ANALYSIS, "ablations", partial(paired, PAIRED_VECTORS)),
 )
 

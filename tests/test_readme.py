@@ -26,12 +26,23 @@ def test_the_example_runs(tmp_path):
     assert (tmp_path / "trained" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", [README, *(p.read_text() for p in ROOT.glob("docs/**/*.md"))])
+PAGES = ("README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
-    folder = next(p for p in pages if p.read_text() == page).parent
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page):
-        assert (folder / target).exists(), target
+    here = ROOT / page
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", here.read_text(encoding="utf-8"))
+    for path, heading in links:
+        target = here.parent / path if path else here
+        assert target.exists(), path
+        assert not heading or heading in anchors(target), f"{path}#{heading}"
+
+
+def anchors(page: Path) -> list[str]:
+    """What GitHub makes of the headings of a page: the ends of links to them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
 def test_recipes_open_with_their_command():
@@ -48,7 +59,13 @@ def tables(monkeypatch):
 
 def test_results_are_those_of_the_rows(tables):
     pages = {place.page for place in tables.PLACES}
-    assert pages == {"README.md", tables.PRE_TRAINING, tables.ANALYSIS}
+    assert pages == {
+        "README.md",
+        tables.ANALYSIS,
+        tables.PRE_TRAINING,
+        tables.LONGER,
+        tables.DETAILS,
+    }
     for page in pages:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert tables.with_results(page, text) == text, (
