@@ -1,6 +1,7 @@
 """Choose the learning rates of a bench: 800 training examples, 200 others to choose by.
 
-    python benchmarks/choose_rates.py vtab|glue|alpaca|pretrain|pretrain-long [--part 1/2] [--table]
+    python benchmarks/choose_rates.py vtab|glue|alpaca|pretrain|pretrain-long
+        [--variants full,lora] [--part 1/2] [--table]
 
 VTAB-1k's way of choosing: methods of the bench, at several learning rates, on some of its tasks;
 the test examples are not seen. Pre-training has half of its scale's tokens, and holds out other
@@ -262,6 +263,7 @@ def table(bench: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bench", choices=list(TASKS))
+    parser.add_argument("--variants", help="names with commas between them; all")
     parser.add_argument("--part", default="1/1", help="such as 1/2: every second run")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -270,7 +272,14 @@ def main() -> None:
         return
     index, parts = (int(n) for n in arguments.part.split("/"))
     known = {key(row) for row in done(arguments.bench)}
-    todo = [cell for cell in cells(arguments.bench) if cell not in known][index - 1 :: parts]
+    every = cells(arguments.bench)
+    tried = list(dict.fromkeys(variant for _, variant, *_ in every))
+    chosen = arguments.variants.split(",") if arguments.variants else tried
+    if other := sorted(set(chosen) - set(tried)):
+        parser.error(
+            f"no rates to try for {', '.join(other)}; there are some for {', '.join(tried)}"
+        )
+    todo = [cell for cell in every if cell[1] in chosen and cell not in known][index - 1 :: parts]
     for number, cell in enumerate(todo, 1):
         row = measure(arguments.bench, *cell)
         with ROWS.open("a") as file:
