@@ -59,7 +59,10 @@ PAIRED = (
         *("long", "llama-3m", "velora-all-m4"),
         ("full", "velora-all", "galore", "apollo", "flora", "velora-not-qk", "lora"),
     ),
-    ("long", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", "velora-all")),
+    (
+        *("long", "llama-3m", "velora-all-m4-8bit"),
+        ("full", "full-8bit", "velora-all-m4", "velora-all", "velora-not-qk"),
+    ),
     ("long", "llama-3m", "full-8bit", ("full", "apollo", "velora-value-down")),
     ("long", "llama-3m", "galore", ("full", "galore-packaged", "flora")),
     ("long", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
