@@ -28,6 +28,10 @@ PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
     ("local", "llama-3m", "relora", _BESIDE_RELORA),
     ("local", "llama-3m", "velora-value-down-apollo", ("full", "apollo", "velora-value-down")),
+    (
+        *("local", "llama-3m", "velora-value-down-8bit"),
+        ("full", "full-8bit", "velora-value-down", "lora", "galore"),
+    ),
     ("local", "llama-3m", "velora-not-qk", ("full", *_PROJECTED)),
     ("local", "llama-3m", "velora-all", ("full", "galore-twelfth", "apollo", "flora")),
     ("local", "llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
