@@ -263,7 +263,7 @@ def table(bench: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bench", choices=list(TASKS))
-    parser.add_argument("--variants", help="names with commas between them; all")
+    parser.add_argument("--variants", help="names with commas between them; without it all")
     parser.add_argument("--part", default="1/1", help="such as 1/2: every second run")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
