@@ -242,15 +242,15 @@ def scores_of(bench: str) -> dict[Tried, list[float]]:
     return seeds
 
 
-def table(bench: str) -> str:
+def table(bench: str, variants: list[str]) -> str:
     """Means over seeds."""
     scores = {cell: statistics.mean(of) for cell, of in scores_of(bench).items()}
     tasks = TASKS[bench]
     head = f"| method | rate | own rate | {' | '.join(tasks)} | mean |"
-    order = list(dict.fromkeys(cell[1] for cell in cells(bench)))
     shown = [head, "| --- " * (4 + len(tasks)) + "|"]
     every = dict.fromkeys(line for task in tasks for line in lines(bench, task))
-    for variant, rate, own in sorted(every, key=lambda line: order.index(line[0])):
+    shown_lines = [line for line in every if line[0] in variants]
+    for variant, rate, own in sorted(shown_lines, key=lambda line: variants.index(line[0])):
         line = [scores.get((task, variant, rate, own)) for task in tasks]
         numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in line)
         known = [score for score in line if score is not None]
@@ -267,11 +267,6 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="such as 1/2: every second run")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(arguments.bench))
-        return
-    index, parts = (int(n) for n in arguments.part.split("/"))
-    known = {key(row) for row in done(arguments.bench)}
     every = cells(arguments.bench)
     tried = list(dict.fromkeys(variant for _, variant, *_ in every))
     chosen = arguments.variants.split(",") if arguments.variants else tried
@@ -279,6 +274,11 @@ def main() -> None:
         parser.error(
             f"no rates to try for {', '.join(other)}; there are some for {', '.join(tried)}"
         )
+    if arguments.table:
+        print(table(arguments.bench, chosen))
+        return
+    index, parts = (int(n) for n in arguments.part.split("/"))
+    known = {key(row) for row in done(arguments.bench)}
     todo = [cell for cell in every if cell[1] in chosen and cell not in known][index - 1 :: parts]
     for number, cell in enumerate(todo, 1):
         row = measure(arguments.bench, *cell)
