@@ -127,33 +127,3 @@ def test_the_plot_is_written_in_both_formats(tmp_path):
 def test_nothing_to_plot(tmp_path):
     assert not draw(table([row for row in rows() if row.variant == "full"])[0], tmp_path / "plot")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_names_in_the_plot_cover_neither_each_other_nor_a_point():
-    """Nine points, close together, as a table of VTAB may have."""
-    from velora_torch.bench.plot import (
-        HEIGHT,
-        WIDTH,
-        Point,
-        _common,
-        _draw_point,
-        _point_box,
-        place_labels,
-    )
-    from velora_torch.report.figures import single
-    from velora_torch.report.inline_svg import drawing
-
-    points = [
-        Point(f"v{i}", f"A method + VeLoRA {i}", 240 + 7 * (i % 4), 80 + 0.4 * (i % 5), 0.3, None)
-        for i in range(9)
-    ]
-    with drawing():
-        figure, axes = single(WIDTH, HEIGHT, "memory of a training step, MiB", "average score, %")
-        for point in points:
-            _draw_point(axes, point)
-        axes.margins(x=0.3, y=0.5)
-        boxes = place_labels(figure, axes, points)
-        taken = [_point_box(axes, point, 3) for point in points]
-    for i, box in enumerate(boxes):
-        assert all(_common(box, other) == 0 for other in [*boxes[:i], *boxes[i + 1 :], *taken])
-        assert _common(box, figure.bbox) == pytest.approx(box.width * box.height)

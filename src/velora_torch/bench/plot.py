@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from velora_torch.bench.labels import place_labels
 from velora_torch.bench.table import Line, Summary
 from velora_torch.report.figures import single, write_figure
-from velora_torch.report.inline_svg import BLUE, GREY, INK, ORANGE, drawing
+from velora_torch.report.inline_svg import BLUE, GREY, ORANGE, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 WIDTH, HEIGHT = 640, 420  # points
-POINT = 6.0  # half the side of the square that a point keeps free, in points
-FONT = 10.5
-NEAR = 16.0  # a name that is farther away gets a line to its point, in points
 
 
 @dataclass(frozen=True)
@@ -125,104 +120,3 @@ def _explain_colours(axes: Axes) -> None:
 
 def _colour(point: Point) -> str:
     return BLUE if "velora" in point.variant or "coefficients" in point.variant else ORANGE
-
-
-def place_labels(figure: Figure, axes: Axes, points: Sequence[Point]) -> list[Bbox]:
-    """Write the names of the points where they cover neither each other nor a point.
-
-    Returns:
-        The boxes of the names, in pixels, in the order of the points.
-    """
-    figure.draw_without_rendering()  # fixes the layout and the limits
-    axes.autoscale(enable=False)
-    pixel = figure.dpi / 72
-    taken = [_point_box(axes, point, POINT * pixel) for point in points]
-    taken += _line_boxes(axes, points, pixel)
-    boxes = []
-    for point in points:
-        at = axes.transData.transform((point.memory, point.score)).tolist()
-        text = axes.text(point.memory, point.score, point.label, fontsize=FONT, parse_math=False)
-        width, height = text.get_window_extent().size
-        text.remove()
-        options = [_box(at, offset, width, height, pixel) for offset in _offsets()]
-        costs = [_cost(box, axes.bbox, taken) for box in options]
-        best = costs.index(min(costs))
-        dx, dy = _offsets()[best]
-        axes.annotate(
-            point.label,
-            (point.memory, point.score),
-            xytext=(dx, dy),
-            textcoords="offset points",
-            ha="left" if dx > 0 else "right" if dx < 0 else "center",
-            va="center_baseline",
-            color=INK,
-            fontsize=FONT,
-            parse_math=False,
-            arrowprops=_LEADER if abs(dy) > NEAR else None,
-        )
-        taken.append(options[best])
-        boxes.append(options[best])
-    return boxes
-
-
-_LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 5}
-
-
-@functools.cache
-def _offsets() -> list[tuple[float, float]]:
-    """Where a name may be written, from its point, in points: the nearest places first."""
-    sides = [(10.0, 0.0), (-10.0, 0.0), (0.0, 15.0), (0.0, -15.0)]
-    diagonal = [(dx, dy) for dy in (11.0, -11.0) for dx in (9.0, -9.0)]
-    far = [(dx, sign * dy) for dy in range(24, 110, 9) for sign in (1, -1) for dx in (0, 16, -16)]
-    return [*sides, *diagonal, *far]
-
-
-def _box(
-    at: Sequence[float], offset: tuple[float, float], width: float, height: float, pixel: float
-) -> Bbox:
-    """The box of a name with this offset from its point, in pixels."""
-    from matplotlib.transforms import Bbox
-
-    dx, dy = offset
-    x, y = at[0] + dx * pixel, at[1] + dy * pixel
-    left = x if dx > 0 else x - width if dx < 0 else x - width / 2
-    return Bbox.from_bounds(left, y - height / 2, width, height)
-
-
-def _point_box(axes: Axes, point: Point, room: float) -> Bbox:
-    """What a point and its error bar cover."""
-    from matplotlib.transforms import Bbox
-
-    x, low = axes.transData.transform((point.memory, point.score - point.error))
-    _, high = axes.transData.transform((point.memory, point.score + point.error))
-    return Bbox([[x - room, low - room], [x + room, high + room]])
-
-
-def _line_boxes(axes: Axes, points: Sequence[Point], pixel: float) -> list[Bbox]:
-    """Small boxes along the lines between pairs."""
-    from matplotlib.transforms import Bbox
-
-    by_name = {point.variant: point for point in points}
-    boxes = []
-    for point in points:
-        base = by_name.get(point.base or "")
-        if base is None:
-            continue
-        start = axes.transData.transform((base.memory, base.score))
-        end = axes.transData.transform((point.memory, point.score))
-        for step in range(1, 20):
-            x, y = start + (end - start) * step / 20
-            boxes.append(Bbox.from_bounds(x - pixel, y - pixel, 2 * pixel, 2 * pixel))
-    return boxes
-
-
-def _cost(box: Bbox, inside: Bbox, taken: Sequence[Bbox]) -> float:
-    """Pixels of a box that are covered already or lie outside."""
-    covered = sum(_common(box, other) for other in taken)
-    return covered + 10 * (box.width * box.height - _common(box, inside))
-
-
-def _common(a: Bbox, b: Bbox) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(0.0, width) * max(0.0, height)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from velora_torch.bench.plot import HEIGHT, WIDTH, Point, place_labels
+from velora_torch.bench.labels import place_labels
+from velora_torch.bench.plot import HEIGHT, WIDTH, Point
 from velora_torch.bench.pretrain.table import Line
 from velora_torch.report.figures import single, write_figure
 from velora_torch.report.inline_svg import BLUE, ORANGE, drawing
