@@ -65,9 +65,12 @@ PAIRED = (
     ),
     (
         *("long", "llama-3m", "velora-all-m4-8bit"),
-        ("full", "full-8bit", "velora-all-m4", "velora-all", "velora-not-qk"),
+        ("full", "full-8bit", "velora-all-m4", "velora-all", "velora-not-qk", "lora", *_PROJECTED),
     ),
     ("long", "llama-3m", "full-8bit", ("full", "apollo", "velora-value-down")),
+    ("long", "llama-3m", "lora", ("full",)),
+    ("long", "llama-3m", "apollo", ("full",)),
+    ("long", "llama-3m", "flora", ("full",)),
     ("long", "llama-3m", "galore", ("full", "galore-packaged", "flora")),
     ("long", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("long", "llama-3m", "velora-all-fixed", ("velora-all",)),
