@@ -247,8 +247,9 @@ def _compared() -> Iterator[tuple[str, Ends, Ends]]:
         for seed in sorted(first.keys() & of.keys()):
             yield f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed]
     longest, of = others[-1]
-    rest = {variant: end for variant, end in first[0].items() if variant != "apollo"}
-    yield f"{small}, and {longest}: seed 1, without APOLLO", rest, of[0]
+    for seed in sorted(first.keys() & of.keys()):
+        rest = {variant: end for variant, end in first[seed].items() if variant != "apollo"}
+        yield f"{small}, and {longest}: seed {seed + 1}, without APOLLO", rest, of[seed]
 
 
 def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:
