@@ -247,17 +247,17 @@ def table(bench: str, variants: list[str]) -> str:
     scores = {cell: statistics.mean(of) for cell, of in scores_of(bench).items()}
     tasks = TASKS[bench]
     head = f"| method | rate | own rate | {' | '.join(tasks)} | mean |"
-    shown = [head, "| --- " * (4 + len(tasks)) + "|"]
+    printed = [head, "| --- " * (4 + len(tasks)) + "|"]
     every = dict.fromkeys(line for task in tasks for line in lines(bench, task))
-    shown_lines = [line for line in every if line[0] in variants]
-    for variant, rate, own in sorted(shown_lines, key=lambda line: variants.index(line[0])):
+    shown = [line for line in every if line[0] in variants]
+    for variant, rate, own in sorted(shown, key=lambda line: variants.index(line[0])):
         line = [scores.get((task, variant, rate, own)) for task in tasks]
         numbers = " | ".join("-" if score is None else f"{score:.1f}" for score in line)
         known = [score for score in line if score is not None]
         mean = "-" if len(known) < len(line) else f"{statistics.mean(known):.1f}"
         rates = [f"{r:g}" if r is not None else "" for r in (rate, own)]
-        shown.append(f"| {variant} | {' | '.join(rates)} | {numbers} | {mean} |")
-    return "\n".join(shown)
+        printed.append(f"| {variant} | {' | '.join(rates)} | {numbers} | {mean} |")
+    return "\n".join(printed)
 
 
 def main() -> None:

@@ -53,8 +53,7 @@ PRE_TRAINED = (
     *("full", "full-8bit", "full-gc", "lora", "relora"),
     *("galore", "galore-twelfth", "apollo", "flora"),
     *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
-    *("velora-value-down-8bit", "velora-all-8bit", "velora-all-m4", "velora-all-m4-8bit"),
-    "velora-value-down-8bit-gc",
+    *("velora-value-down-8bit", "velora-all-m4", "velora-all-m4-8bit"),
 )
 """Variants in the README; the pages of pre-training have them all."""
 TIMED = (
