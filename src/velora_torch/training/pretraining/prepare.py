@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from velora_torch.paths import cache_folder
 from velora_torch.report.results import RunInfo
-from velora_torch.training.assets import cache_folder
 from velora_torch.training.data import PreparedData
 from velora_torch.training.packaged.manuals import MANUALS
 from velora_torch.training.pretraining.architecture import configuration, for_tokenizer

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from velora_torch.atomic import keep_folder
+from velora_torch.paths import cache_folder
 from velora_torch.remote_code import explain, trust
 from velora_torch.training.assets import (
     AssetError,
-    cache_folder,
     check_hub_model,
     check_model,
     resolve_model,

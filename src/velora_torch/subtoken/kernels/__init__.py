@@ -1,0 +1,1 @@
+"""Loops that PyTorch's operators need several passes over memory for, each written once in C."""
