@@ -50,8 +50,8 @@ def load(source: Path) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"{' '.join(compiler)} cannot make a library of {source.name}; PyTorch's operators take "
-            "its place, which is several times slower. Set CC to a C compiler that can, or "
+            f"{' '.join(compiler)} cannot make a library of {source.name}; PyTorch's operators "
+            "take its place, which is several times slower. Set CC to a C compiler that can, or "
             f"{OFF}=0 to do without one. It said: {said.strip()[-400:]}",
             stacklevel=2,
         )
