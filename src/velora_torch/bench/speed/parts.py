@@ -21,6 +21,7 @@ from velora_torch.bench.speed.workload import Workload
 from velora_torch.config import VeloraConfig
 from velora_torch.layers import CompressedLayer
 from velora_torch.subtoken.factored import apply_linear, project
+from velora_torch.subtoken.kernels.fold import operators_only
 
 DECAY = 1.0 - OPTIMIZER["lr"] * OPTIMIZER["weight_decay"]
 _WHOLE = {"step": "factored", "plain-step": "plain"}
@@ -120,6 +121,16 @@ def _fold(workload: Workload) -> Compute:
     return compute
 
 
+def _fold_with_operators(workload: Workload) -> Compute:
+    fold = _fold(workload)
+
+    def compute() -> Tensor:
+        with operators_only():
+            return fold()
+
+    return compute
+
+
 _PARTS: dict[str, Callable[[Workload], Compute]] = {
     "product": _product,
     "projection": _projection,
@@ -129,4 +140,5 @@ _PARTS: dict[str, Callable[[Workload], Compute]] = {
     "fold": _fold,
     "weight-gradient": _weight_gradient,
     "plain-optimizer": _plain_optimizer,
+    "fold-operators": _fold_with_operators,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from velora_torch.config import VeloraConfig
 from velora_torch.memory.freed import TargetWarning
 from velora_torch.recomputation.blocks import checkpoint_blocks
 from velora_torch.selection import select
+from velora_torch.subtoken.kernels.fold import operators_only
 
 
 @dataclass
@@ -49,10 +51,12 @@ def prepare(variant: SpeedVariant, workload: Workload) -> Prepared:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, **OPTIMIZER)
     kept: dict[str, Any] = {"run": model}
+    folding = operators_only if variant.operators else contextlib.nullcontext
 
     def step() -> None:
         kept["result"] = result = workload.gradients(kept["run"])
-        optimizer.step()
+        with folding():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if result.is_cuda:
             torch.cuda.synchronize()

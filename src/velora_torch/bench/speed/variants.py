@@ -48,11 +48,15 @@ class SpeedVariant:
     """Gradient checkpointing of every block."""
     compiled: bool = False
     """`torch.compile(model, fullgraph=True)`."""
+    operators: bool = False
+    """Folds with PyTorch's operators where C would do it."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a row of it depends on, as JSON values."""
         shown = dataclasses.asdict(self)
+        if not self.operators:
+            del shown["operators"]
         for name in ("name", "label", "side", "method", "whole"):
             del shown[name]
         return {**shown, "groups": GROUPS, "rank": RANK, "optimizer": OPTIMIZER}
@@ -68,6 +72,14 @@ FULL = [
     ),
     SpeedVariant(name="dense", label="ours, dense", side="ours", velora={"gradient": "dense"}),
     SpeedVariant(name="factored", label="ours, factored", side="ours", velora={}),
+    SpeedVariant(
+        name="factored-operators",
+        label="ours, factored, folded by operators",
+        side="ours",
+        whole=True,
+        velora={},
+        operators=True,
+    ),
     SpeedVariant(
         name="factored-m8",  # what docs/results/demo.md and the runs from scratch train with
         label="ours, factored, M = 8",
@@ -157,6 +169,7 @@ PARTS = [
     Part("plain-step", "plain layer: whole step", "plain"),
     Part("weight-gradient", "dW = dYᵀ x", "plain", "backward"),
     Part("plain-optimizer", "AdamW on the weight", "plain", "optimizer"),
+    Part("fold-operators", "the fold with PyTorch's operators", "peer", "optimizer"),
 ]
 
 Timed = SpeedVariant | Part

@@ -7,9 +7,10 @@ Shapes: O output features, D input features, G groups, M features per sub-token.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ SOURCE = Path(__file__).with_name("fold.c")
 NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ALONE = 1 << 15
 """Weights that one thread folds before others have begun."""
+_operators_only = False
+
+
+@contextlib.contextmanager
+def operators_only() -> Iterator[None]:
+    """Fold with PyTorch's operators while this is open, in every thread: to compare with."""
+    global _operators_only
+    before, _operators_only = _operators_only, True
+    try:
+        yield
+    finally:
+        _operators_only = before
 
 
 def fold_native_(
@@ -47,7 +60,9 @@ def fold_native_(
     """
     name = NAMES.get(weight_OD.dtype)
     operands = (weight_OD, coef_OG, e_GM, *(noise or ()))
-    if name is None or coef_OG.dtype != torch.float32 or not all(map(_has_memory, operands)):
+    if name is None or coef_OG.dtype != torch.float32 or _operators_only:
+        return False
+    if not all(map(_has_memory, operands)):
         return False
     (outputs, features), (groups, size) = weight_OD.shape, e_GM.shape
     transposed = not weight_OD.is_contiguous()
