@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -22,6 +23,8 @@ from velora_torch.bench.speed.prepare import add_lora, prepare
 from velora_torch.bench.speed.variants import FULL, GROUPS, LORA, PARTS, RANK, variants_of
 from velora_torch.bench.speed.workload import build
 from velora_torch.layers import CompressedLayer
+from velora_torch.subtoken import folding
+from velora_torch.subtoken.kernels.fold import fold_native_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -176,6 +179,22 @@ def test_flops_of_the_parts_add_up_to_those_of_the_step(layer):
     inside = [part.name for part in PARTS if part.side == "ours"][1:]
     assert flops["step"] == sum(flops[name] for name in inside)
     assert flops["factor"] * D == flops["weight-gradient"] * G
+
+
+@pytest.mark.parametrize(("name", "native"), [("factored", True), ("factored-operators", False)])
+def test_who_folds(name, native, layer, monkeypatch):
+    """C, where there is a compiler, but in the variant that is there to compare with it."""
+    done = []
+
+    def watched(*operands):
+        done.append(fold_native_(*operands))
+        return done[-1]
+
+    monkeypatch.setattr(folding, "fold_native_", watched)
+    one = prepare(named(name), layer)
+    one.step()
+    assert len(done) >= 2
+    assert set(done) == {native and shutil.which("cc") is not None}
 
 
 def test_a_compiled_variant_is_one_graph(layer, monkeypatch):
