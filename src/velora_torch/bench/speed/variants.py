@@ -74,7 +74,7 @@ FULL = [
     SpeedVariant(name="factored", label="ours, factored", side="ours", velora={}),
     SpeedVariant(
         name="factored-operators",
-        label="ours, factored, folded by operators",
+        label="ours, factored, without C",
         side="ours",
         whole=True,
         velora={},
