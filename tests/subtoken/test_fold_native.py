@@ -132,15 +132,17 @@ def test_autograd_learns_that_the_weight_has_changed():
         loss.backward()
 
 
-@pytest.mark.parametrize("why", ["float16", "float64", "gaps", "wide-coefficients", "inference"])
+@pytest.mark.parametrize("why", ["float16", "float64", "gaps", "coef", "vectors", "inference"])
 def test_what_c_cannot_do_is_left_as_it_is(why: str):
     weight, coef, e = operands(6, 24, 8, torch.float32)
     if why in ("float16", "float64"):
         weight = weight.to(getattr(torch, why))
     if why == "gaps":
         weight = torch.randn(6, 48)[:, ::2]
-    if why == "wide-coefficients":
+    if why == "coef":
         coef = coef.double()
+    if why == "vectors":
+        e = e.double()
     if why == "inference":
         with torch.inference_mode():
             weight = weight + 0

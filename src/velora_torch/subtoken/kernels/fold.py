@@ -22,7 +22,7 @@ from velora_torch.subtoken.kernels import library
 SOURCE = Path(__file__).with_name("fold.c")
 NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ALONE = 1 << 15
-"""Weights that one thread folds before others have begun."""
+"""So many weights one thread has folded before others have begun."""
 _operators_only = False
 
 
@@ -60,11 +60,13 @@ def fold_native_(
     """
     name = NAMES.get(weight_OD.dtype)
     operands = (weight_OD, coef_OG, e_GM, *(noise or ()))
-    if name is None or coef_OG.dtype != torch.float32 or _operators_only:
+    if name is None or {coef_OG.dtype, e_GM.dtype} != {torch.float32} or _operators_only:
         return False
     if not all(map(_has_memory, operands)):
         return False
     (outputs, features), (groups, size) = weight_OD.shape, e_GM.shape
+    assert coef_OG.shape == (outputs, groups)
+    assert features <= groups * size
     transposed = not weight_OD.is_contiguous()
     if transposed and not weight_OD.t().is_contiguous():
         return False
@@ -72,7 +74,7 @@ def fold_native_(
     if fold is None:
         return False
     coef = (coef_OG.t() if transposed else coef_OG).contiguous()
-    inputs = [coef, e_GM.to(torch.float32).contiguous()]
+    inputs = [coef, e_GM.contiguous()]
     given: list[int | None] = [x.data_ptr() for x in inputs]
     if name == "bf16":
         drawn = [x.contiguous() for x in noise or ()]

@@ -34,7 +34,7 @@ SECONDS = 60
 
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | None:
-    """Return a C file as a library, or None where there is no compiler or no wish for one.
+    """Return a C file as a library; None without a compiler, without the wish, and on Windows.
 
     Args:
         source: the file; it needs nothing but the C library.
@@ -43,7 +43,7 @@ def load(source: Path) -> ctypes.CDLL | None:
         UserWarning: there is a compiler, and it cannot make the library.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    if os.environ.get(OFF) == "0" or shutil.which(compiler[0]) is None:
+    if os.name != "posix" or os.environ.get(OFF) == "0" or shutil.which(compiler[0]) is None:
         return None
     try:
         return _library(source, compiler)
