@@ -56,6 +56,10 @@ PAIRED = (
     ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
+    (
+        *("long", "llama-3m", "velora-value-down-8bit"),
+        ("full", "full-8bit", "velora-value-down", "lora", "apollo", "velora-all-m4-8bit"),
+    ),
     ("long", "llama-3m", "relora", ("full", "lora", "galore", "velora-all-m4")),
     ("long", "llama-3m", "velora-not-qk", ("full", "lora", "galore")),
     ("long", "llama-3m", "velora-all", ("full", "galore-twelfth", "flora")),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from velora_torch.subtoken import folding
 from velora_torch.subtoken.folding import fold_
@@ -157,6 +158,24 @@ def test_tensors_without_numbers_are_left_to_the_operators():
             weight, coef, e = torch.empty(6, 24), torch.empty(6, 3), torch.empty(3, 8)
             assert not fold_native_(weight, coef, e, 0.5, None)
             fold_(weight, coef, e, 0.5, 1)
+
+
+def test_who_counts_operators_sees_them():
+    class Count(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    weight, coef, e = operands(6, 24, 8, torch.float32)
+    before = weight.clone()
+    with Count() as count:
+        assert not fold_native_(weight, coef, e, 0.5, None)
+        assert torch.equal(weight, before)
+        fold_(weight, coef, e, 0.5)
+    assert count.seen > 1
+    assert not torch.equal(weight, before)
 
 
 def test_a_compiled_function_may_fold():

@@ -192,9 +192,9 @@ def test_who_folds(name, native, layer, monkeypatch):
 
     monkeypatch.setattr(folding, "fold_native_", watched)
     one = prepare(named(name), layer)
+    assert done == [False]  # the step that FLOPs are counted in
     one.step()
-    assert len(done) >= 2
-    assert set(done) == {native and shutil.which("cc") is not None}
+    assert done[1:] == [native and shutil.which("cc") is not None]
 
 
 def test_a_compiled_variant_is_one_graph(layer, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from velora_torch.subtoken.kernels import library
 
@@ -47,7 +48,8 @@ def fold_native_(
     """``W <- round(decay * W + coef (x) e)`` in place; False, and nothing done, where it cannot be.
 
     It can with a bfloat16 or float32 weight on the CPU, stored as (O, D) or as (D, O) without gaps,
-    and where C can be compiled. Rounding and result are those of `folding`'s operators; where the
+    where C can be compiled and nobody watches operators (a `TorchDispatchMode`, as count memory
+    and FLOPs). Rounding and result are those of `folding`'s operators; where the
     CPU has no fused multiply-add, float32 sums may differ from theirs in the last bit.
 
     Args:
@@ -60,9 +62,10 @@ def fold_native_(
     """
     name = NAMES.get(weight_OD.dtype)
     operands = (weight_OD, coef_OG, e_GM, *(noise or ()))
-    if name is None or {coef_OG.dtype, e_GM.dtype} != {torch.float32} or _operators_only:
+    if name is None or {coef_OG.dtype, e_GM.dtype} != {torch.float32}:
         return False
-    if not all(map(_has_memory, operands)):
+    watched = _operators_only or _get_current_dispatch_mode() is not None
+    if watched or not all(map(_has_memory, operands)):
         return False
     (outputs, features), (groups, size) = weight_OD.shape, e_GM.shape
     assert coef_OG.shape == (outputs, groups)
