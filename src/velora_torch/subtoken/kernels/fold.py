@@ -1,6 +1,7 @@
 """Folding in one pass over the weight, on a CPU: the loops of `fold.c`.
 
-PyTorch's operators (`velora_torch.subtoken.folding`) pass over a 16-bit weight seven times.
+It takes seven of PyTorch's operators for a 16-bit weight (`velora_torch.subtoken.folding`), each
+a pass over memory.
 
 Shapes: O output features, D input features, G groups, M features per sub-token.
 """
