@@ -51,7 +51,8 @@ def fold_native_(
     It can with a bfloat16 or float32 weight on the CPU, stored as (O, D) or as (D, O) without gaps,
     where C can be compiled and nobody watches operators (a `TorchDispatchMode`, as count memory
     and FLOPs). Rounding and result are those of `folding`'s operators; where the
-    CPU has no fused multiply-add, float32 sums may differ from theirs in the last bit.
+    CPU has no fused multiply-add, and where the last group is cut, float32 sums may differ from
+    theirs in the last bit.
 
     Args:
         weight_OD: the weight, or a transposed view of it.
