@@ -25,7 +25,7 @@ from velora_torch.bench.speed.goals import Goal
 from velora_torch.bench.speed.rows import read_rows
 from velora_torch.bench.speed.session import Outcome
 from velora_torch.bench.speed.table import format_flops, found_rows, markdown
-from velora_torch.bench.speed.variants import PARTS, variants_of
+from velora_torch.bench.speed.variants import BESIDE, FULL, LORA, PARTS, variants_of
 
 
 @pytest.fixture(autouse=True)
@@ -203,32 +203,67 @@ def table(*sessions, cases=tiny.CASES):
 def test_a_model_has_a_line_for_each_variant():
     text = table(session(case=tiny.MODEL))
     assert "## model: a model" in text
-    assert "| plain | 2.00 s | 1.00 s to 4.00 s | 1.00× | 1.00 to 1.00 | 300 | 1.00× |" in text
-    line = "| ours, factored | 1.80 s | 500 ms to 2.40 s | 0.60× | 0.55 to 0.75 | 210 | 0.70× |"
-    assert line in text
+    plain = "| plain | 2.00 s | 1.00 s to 4.00 s | 1.00× | 1.00 to 1.00 |  | 300 | 1.00× | 150 |"
+    own = "| 1.80 s | 500 ms to 2.40 s | 0.60× | 0.55 to 0.75 |  | 210 | 0.70× | 117 |"
+    assert plain in text
+    assert f"| ours, factored {own}" in text
     assert "dense" not in text
     assert "Command: `velora bench speed`, 2026-01-01 to 2026-01-01, 11.7 s in all." in text
     assert "Machine: a CPU, 2 cores. torch 9.9." in text
+
+
+def test_a_variant_is_compared_with_those_that_differ_in_one_thing():
+    seconds = {"plain": [1.0], "factored": [0.8], "factored-operators": [1.6]}
+    compiled = {"plain+compile": [0.4], "factored+compile": [0.6]}
+    text = table(session(case=tiny.MODEL, **seconds, **compiled))
+    assert "| 0.80 to 0.80 | 0.50× (0.50 to 0.50) over ours, factored, without C |" in text
+    both = "1.50× (1.50 to 1.50) over plain, compiled; 0.75× (0.75 to 0.75) over ours, factored"
+    assert f"| 0.60 to 0.60 | {both} |" in text
+    assert "over plain + GC" not in text
+
+
+def test_variants_beside_each_other_are_of_the_same_cases():
+    by_method = [{variant.name for variant in variants} for variants in (FULL, LORA)]
+    for name, others in BESIDE.items():
+        assert any({name, *others} <= names for names in by_method), name
 
 
 def test_layers_share_a_table():
     large = session(case=tiny.LARGER, plain=[1.0], dense=[0.9])
     text = table(session(), large)
     assert "| layer | plain | ours, dense | ours, factored |" in text
-    assert "| a layer | 2.00 s | - | 0.60× / 0.70× |" in text
-    assert "| another layer | 1.00 s | 0.90× / 0.70× | - |" in text
+    assert "| a layer | 2.00 s, 150/s | - | 0.60× / 0.70× |" in text
+    assert "| another layer | 1.00 s, 300/s | 0.90× / 0.70× | - |" in text
 
 
 def test_parts_have_shares_and_a_rest():
     seconds = {part.name: [0.1] for part in PARTS} | {"step": [1.0], "fold": [0.2]}
-    text = table(session(case=tiny.PARTS, **seconds))
+    rows = session(case=tiny.PARTS, **seconds)
+    fold = next(row for row in rows if row.variant == "fold")
+    fold.flops = 0
+    text = table(rows)
     assert "| fold W += coef ⊗ e (optimizer) | 200 ms, 20.0% |" in text
+    assert "| dX = dY W (backward) | 100 ms, 10.0%, 2100/s |" in text
     assert "| rest of the compressed layer's step | 300 ms, 30.0% |" in text
     more = {part.name: [0.3] for part in PARTS} | {"step": [1.0]}
     assert "| less than none: 800 ms, 80.0% |" in table(session(case=tiny.PARTS, **more))
     del more["fold"]
     text = table(session(case=tiny.PARTS, **more))
     assert "| rest of the compressed layer's step | - |" in text
+
+
+def test_sessions_before_the_newest_are_shown_too():
+    first = session(case=tiny.MODEL, date="2026-01-01", plain=[2.0], factored=[1.0])
+    second = session(case=tiny.MODEL, date="2026-01-02", plain=[1.0], factored=[0.8], dense=[0.9])
+    layers = [*session(date="2026-01-02"), *session(date="2026-01-03", plain=[1.0])]
+    text = table(first, second, layers)
+    assert "| time of a step | 2026-01-02, 300/s | 2026-01-01, 150/s |" in text
+    assert "| ours, factored / plain | 0.80× (0.80 to 0.80) | 0.50× (0.50 to 0.50) |" in text
+    assert "| ours, dense / plain | 0.90× (0.90 to 0.90) | - |" in text
+    assert "### Single layers, earlier" in text
+    assert "| a layer, 2026-01-02 | 2.00 s, 150/s | 0.60× / 0.70× |" in text
+    assert "a layer, 2026-01-03" not in text
+    assert "Timed more than once" not in table(first, session())
 
 
 def test_goals_say_whether_they_are_met(monkeypatch):

@@ -1,4 +1,4 @@
-"""table.md: goals, models, layers, and the parts of a layer's step."""
+"""table.md: goals, models, layers, the parts of a layer's step, and what was timed before."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from velora_torch.bench.interleave import Spread
 from velora_torch.bench.speed.cases import Case
 from velora_torch.bench.speed.goals import GOALS
-from velora_torch.bench.speed.rows import SpeedRow, current
-from velora_torch.bench.speed.variants import PARTS, Part, variants_of
+from velora_torch.bench.speed.rows import SpeedRow, against, current
+from velora_torch.bench.speed.variants import BESIDE, PARTS, Part, variants_of
 from velora_torch.bench.timing import newest_with
 from velora_torch.bench.writing import MISSING, markdown_grid, origin
 from velora_torch.report.quantities import format_ratio, format_seconds
@@ -21,8 +21,8 @@ STORY = (
     "weights, activations and optimizer states have the type of the case, coefficients float32. "
     "All variants of a case take turns, and another one is the first in each round. A time is the "
     "median over the rounds (fastest to slowest), a ratio the median over the rounds of the ratio "
-    "to the case's first variant in the same round (its quartiles). FLOPs are those of matrix "
-    "products, convolutions and attention."
+    "to the case's first variant, or to another one, in the same round (its quartiles). FLOPs are "
+    "those of matrix products, convolutions and attention; those of a second, of the median time."
 )
 
 
@@ -57,10 +57,12 @@ def markdown(found: Found, cases: Sequence[Case], plot: str | None = None) -> st
     for method, title in (("full", "Single layers"), ("lora", "Single layers with LoRA")):
         layers = [case for case in own if (case.level, case.method) == ("layer", method)]
         if layers:
-            parts += [f"## {title}", LAYER_STORY, _layer_table(layers, found)]
+            newest_of = [(case.about, newest(found[case.name])) for case in layers]
+            parts += [f"## {title}", LAYER_STORY, _layer_table(layers[0], newest_of)]
     split = [case for case in own if case.level == "parts"]
     if split:
         parts += ["## Where the time of a layer goes", PARTS_STORY, _parts_table(split, found)]
+    parts += _before(own, found)
     parts.append(origin(rows, lambda row: sum(row.seconds)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -87,9 +89,10 @@ def _goals(found: Found) -> list[str]:
 
 def _model_table(case: Case, rows: Sequence[SpeedRow]) -> str:
     by_variant = newest(rows)
+    labels = {variant.name: variant.label for variant in variants_of(case)}
     first = variants_of(case)[0]
     header = ["variant", "step", "fastest to slowest", f"over {first.label}", "quartiles"]
-    header += ["FLOPs", f"over {first.label}"]
+    header += ["over others (quartiles)", "FLOPs", f"over {first.label}", "in a second"]
     body = []
     for variant in variants_of(case):
         row = by_variant.get(variant.name)
@@ -101,30 +104,45 @@ def _model_table(case: Case, rows: Sequence[SpeedRow]) -> str:
                     f"{format_seconds(row.low)} to {format_seconds(row.high)}",
                     format_ratio(row.ratio),
                     f"{row.ratio_lower:.2f} to {row.ratio_upper:.2f}",
+                    _beside(variant.name, labels, rows),
                     format_flops(row.flops),
                     format_ratio(row.flops_ratio),
+                    _rate(row),
                 ]
             )
     return markdown_grid(header, body)
 
 
+def _beside(variant: str, labels: Mapping[str, str], rows: Sequence[SpeedRow]) -> str:
+    """Time over that of each one that a variant is compared with besides the first."""
+    measured = {other: against(rows, variant, other) for other in BESIDE.get(variant, ())}
+    return "; ".join(
+        f"{format_spread(ratio)} over {labels[other]}"
+        for other, ratio in measured.items()
+        if ratio is not None
+    )
+
+
 LAYER_STORY = (
-    "Median time of the first variant; for the others the ratio of the times, and behind the "
-    "stroke that of the FLOPs."
+    "Median time of the first variant and its FLOPs in a second; for the others the ratio of the "
+    "times, and behind the stroke that of the FLOPs."
 )
 
 
-def _layer_table(cases: Sequence[Case], found: Found) -> str:
-    by_case = {case.name: newest(found[case.name]) for case in cases}
+def _layer_table(case: Case, lines: Sequence[tuple[str, Mapping[str, SpeedRow]]]) -> str:
+    """A line for each layer.
+
+    Args:
+        case: one of them; they have the same variants.
+        lines: what is said of it, and its row of each variant.
+    """
     first, *others = [
-        variant
-        for variant in variants_of(cases[0])
-        if any(variant.name in rows for rows in by_case.values())
+        variant for variant in variants_of(case) if any(variant.name in rows for _, rows in lines)
     ]
     body = []
-    for case in cases:
-        rows = by_case[case.name]
-        line = [case.about, format_seconds(rows[first.name].median)]
+    for about, rows in lines:
+        base = rows[first.name]
+        line = [about, f"{format_seconds(base.median)}, {_rate(base)}/s"]
         for variant in others:
             row = rows.get(variant.name)
             shown = MISSING
@@ -137,7 +155,8 @@ def _layer_table(cases: Sequence[Case], found: Found) -> str:
 
 PARTS_STORY = (
     "Each part is timed by itself, in turn with the whole step: its median, and its share of the "
-    "whole step of the compressed layer. What is left of the step is autograd's and the hooks'."
+    "whole step of the compressed layer; of a product, its FLOPs in a second of that time. What is "
+    "left of the step is autograd's and the hooks'."
 )
 
 
@@ -148,7 +167,7 @@ def _parts_table(cases: Sequence[Case], found: Found) -> str:
         line = [f"{part.label} ({part.when})" if part.when else part.label]
         for case in cases:
             row = by_case[case.name].get(part.name)
-            line.append(MISSING if row is None else _share(row.median, row.ratio))
+            line.append(MISSING if row is None else _part(row))
         body.append(line)
         if part is _LAST_OWN:
             rest = [_rest(found[case.name]) for case in cases]
@@ -171,8 +190,68 @@ def _rest(rows: Sequence[SpeedRow]) -> str:
     return f"less than none: {shown}" if rest < 0 else shown
 
 
+BEFORE_STORY = (
+    "What the same cases took in each session, with the FLOPs of the first variant in a second: "
+    "a machine's rate may differ from day to day, and what we compute may have become faster."
+)
+
+
+def _before(cases: Sequence[Case], found: Found) -> list[str]:
+    """Of models and layers that were timed in more than one session."""
+    parts = []
+    for case in cases:
+        sessions = _sessions(found[case.name])
+        if case.level == "model" and len(sessions) > 1:
+            parts += [f"### {case.name}", _sessions_table(case, sessions)]
+    for method in ("full", "lora"):
+        layers = [case for case in cases if (case.level, case.method) == ("layer", method)]
+        lines = [
+            (f"{case.about}, {day[:10]}", rows)
+            for case in layers
+            for day, rows in list(_sessions(found[case.name]).items())[1:]
+        ]
+        if lines:
+            title = "layers" if method == "full" else "layers with LoRA"
+            parts += [f"### Single {title}, earlier", _layer_table(layers[0], lines)]
+    return ["## Timed more than once", BEFORE_STORY, *parts] if parts else []
+
+
+def _sessions(rows: Sequence[SpeedRow]) -> dict[str, dict[str, SpeedRow]]:
+    """The row of each variant by session, the newest first."""
+    days = sorted({row.session for row in rows}, reverse=True)
+    return {day: {row.variant: row for row in rows if row.session == day} for day in days}
+
+
+def _sessions_table(case: Case, sessions: Mapping[str, Mapping[str, SpeedRow]]) -> str:
+    """A line for each two variants that are compared, a column for each session."""
+    labels = {variant.name: variant.label for variant in variants_of(case)}
+    first, *others = labels
+    pairs = [(variant, first) for variant in others]
+    pairs += [(variant, other) for variant in others for other in BESIDE.get(variant, ())]
+    header = ["time of a step"]
+    for day, rows in sessions.items():
+        header.append(f"{day[:10]}, {_rate(rows[first])}/s")
+    body = []
+    for variant, base in pairs:
+        measured = [against([*rows.values()], variant, base) for rows in sessions.values()]
+        if any(measured):
+            shown = [format_spread(ratio) if ratio else MISSING for ratio in measured]
+            body.append([f"{labels[variant]} / {labels[base]}", *shown])
+    return markdown_grid(header, body)
+
+
+def _part(row: SpeedRow) -> str:
+    shown = _share(row.median, row.ratio)
+    return f"{shown}, {_rate(row)}/s" if row.flops else shown
+
+
 def _share(seconds: float, share: float) -> str:
     return f"{format_seconds(seconds)}, {100 * share:.1f}%"
+
+
+def _rate(row: SpeedRow) -> str:
+    """FLOPs in a second of the median time."""
+    return format_flops(row.flops / row.median)
 
 
 def format_flops(flops: float) -> str:

@@ -141,6 +141,17 @@ LORA = [
     ),
 ]
 
+BESIDE: dict[str, tuple[str, ...]] = {
+    "factored": ("factored-operators",),
+    "factored-m8": ("factored",),
+    "factored+gc": ("plain+gc",),
+    "factored+compile": ("plain+compile", "factored"),
+    "peft-velora-nocast": ("lora-nocast",),
+    "lora+velora": ("peft-velora",),
+    "lora+velora-nocast": ("lora-nocast", "peft-velora-nocast"),
+}
+"""Whom a variant is compared with besides its case's first one: those that differ in one thing."""
+
 
 @dataclass(frozen=True)
 class Part:
