@@ -166,3 +166,9 @@ def against(rows: Sequence[SpeedRow], variant: str, base: str) -> Spread | None:
     """
     both = newest_with(rows, [variant, base])
     return spread(ratios(both[variant].seconds, both[base].seconds)) if both else None
+
+
+def flops_against(rows: Sequence[SpeedRow], variant: str, base: str) -> float | None:
+    """FLOPs of a variant over another's, where :func:`against` has their times."""
+    both = newest_with(rows, [variant, base])
+    return both[variant].flops / both[base].flops if both else None

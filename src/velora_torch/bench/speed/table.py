@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from velora_torch.bench.interleave import Spread
 from velora_torch.bench.speed.cases import Case
 from velora_torch.bench.speed.goals import GOALS
-from velora_torch.bench.speed.rows import SpeedRow, against, current
+from velora_torch.bench.speed.rows import SpeedRow, against, current, flops_against
 from velora_torch.bench.speed.variants import BESIDE, PARTS, Part, variants_of
 from velora_torch.bench.timing import newest_with
-from velora_torch.bench.writing import MISSING, markdown_grid, origin
+from velora_torch.bench.writing import MISSING, known, markdown_grid, origin
 from velora_torch.report.quantities import format_ratio, format_seconds
 
 Found = Mapping[str, list[SpeedRow]]
@@ -80,10 +80,12 @@ def _goals(found: Found) -> list[str]:
         if measured is not None:
             verdict = "yes" if measured.median <= goal.most else "no"
             goal_words = f"{goal.case}: {goal.variant} / {goal.base}"
-            body.append([goal_words, format_ratio(goal.most), format_spread(measured), verdict])
+            shown = [format_ratio(goal.most), format_spread(measured), verdict]
+            flops = flops_against(found[goal.case], goal.variant, goal.base)
+            body.append([goal_words, *shown, known(flops, format_ratio)])
     if not body:
         return []
-    table = markdown_grid(["time of a step", "at most", "measured", "met"], body)
+    table = markdown_grid(["time of a step", "at most", "measured", "met", "FLOPs"], body)
     return ["## Goals", "Meant for two CPU cores, and bfloat16.", table]
 
 
