@@ -101,7 +101,7 @@ def test_it_can_be_turned_off(source: Path, monkeypatch):
 @needs_compiler
 def test_what_cannot_be_compiled_is_said_once_with_what_to_do(source: Path):
     source.write_text("int answer(void) { return }\n")
-    with pytest.warns(UserWarning, match=r"cc cannot make a library.*VELORA_NATIVE=0"):
+    with pytest.warns(UserWarning, match=r"cannot make a library.*VELORA_NATIVE=0"):
         assert load(source) is None
 
 
