@@ -212,7 +212,7 @@ def test_a_model_has_a_line_for_each_variant():
     assert "Machine: a CPU, 2 cores. torch 9.9." in text
 
 
-def test_a_variant_is_compared_with_those_that_differ_in_one_thing():
+def test_a_variant_is_compared_with_others_than_the_first():
     seconds = {"plain": [1.0], "factored": [0.8], "factored-operators": [1.6]}
     compiled = {"plain+compile": [0.4], "factored+compile": [0.6]}
     text = table(session(case=tiny.MODEL, **seconds, **compiled))

@@ -150,7 +150,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "lora+velora": ("peft-velora",),
     "lora+velora-nocast": ("lora-nocast", "peft-velora-nocast"),
 }
-"""Whom a variant is compared with besides its case's first one: those that differ in one thing."""
+"""Whom a variant is compared with besides its case's first one."""
 
 
 @dataclass(frozen=True)
