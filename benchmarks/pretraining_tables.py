@@ -40,6 +40,10 @@ PAIRED = (
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-value-down", ("full", "galore")),
+    (
+        *("local", "llama-15m", "velora-value-down-8bit"),
+        ("full", "full-8bit", "velora-value-down", "lora", "galore", "velora-not-qk"),
+    ),
     ("local", "llama-15m", "relora", _BESIDE_RELORA),
     ("local", "llama-15m", "velora-not-qk", ("full", "lora", *_PROJECTED)),
     ("local", "llama-15m", "velora-all", ("full", "galore-twelfth", *_PROJECTED)),
