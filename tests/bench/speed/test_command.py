@@ -275,6 +275,14 @@ def test_goals_say_whether_they_are_met(monkeypatch):
     assert "| layer: factored / plain | 0.60× | 0.60× (0.55 to 0.75) | yes | 0.70× |" in text
     assert "| layer: factored / plain | 0.59× | 0.60× (0.55 to 0.75) | no | 0.70× |" in text
     assert "model: factored" not in text
+    assert "Goals, day by day" not in text
+    earlier = session(date="2026-01-01", plain=[2.0], factored=[1.6])
+    text = table(session(date="2026-01-02"), earlier, session(case=tiny.MODEL, date="2026-01-01"))
+    assert "| time of a step (bold: met) | at most | 2026-01-02 | 2026-01-01 |" in text
+    assert "| layer: factored / plain | 0.60× | **0.60×** | 0.80× |" in text
+    assert "| layer: factored / plain | 0.59× | 0.60× | 0.80× |" in text
+    assert "| model: factored / plain | 0.10× | - | 0.60× |" in text
+    assert "| met |  | 1 of 2 | 0 of 3 |" in text
 
 
 def test_flops():

@@ -26,6 +26,13 @@ class Goal:
         """
         return against(rows.get(self.case, ()), self.variant, self.base)
 
+    def is_met(self, measured: Spread) -> bool:
+        """Whether the median is small enough."""
+        return measured.median <= self.most
+
+    def __str__(self) -> str:
+        return f"{self.case}: {self.variant} / {self.base}"
+
 
 _LLAMAS = ("llama-1024", "llama-2048")
 GOALS = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from velora_torch.bench.interleave import Spread
 from velora_torch.bench.speed.cases import Case
-from velora_torch.bench.speed.goals import GOALS
+from velora_torch.bench.speed.goals import GOALS, Goal
 from velora_torch.bench.speed.rows import SpeedRow, against, current, flops_against
 from velora_torch.bench.speed.variants import BESIDE, PARTS, Part, variants_of
 from velora_torch.bench.timing import newest_with
@@ -54,11 +54,9 @@ def markdown(found: Found, cases: Sequence[Case], plot: str | None = None) -> st
     for case in own:
         if case.level == "model":
             parts += [f"## {case.name}: {case.about}", _model_table(case, found[case.name])]
-    for method, title in (("full", "Single layers"), ("lora", "Single layers with LoRA")):
-        layers = [case for case in own if (case.level, case.method) == ("layer", method)]
-        if layers:
-            newest_of = [(case.about, newest(found[case.name])) for case in layers]
-            parts += [f"## {title}", LAYER_STORY, _layer_table(layers[0], newest_of)]
+    for title, layers in _layers(own):
+        newest_of = [(case.about, newest(found[case.name])) for case in layers]
+        parts += [f"## {title}", LAYER_STORY, _layer_table(layers[0], newest_of)]
     split = [case for case in own if case.level == "parts"]
     if split:
         parts += ["## Where the time of a layer goes", PARTS_STORY, _parts_table(split, found)]
@@ -78,11 +76,10 @@ def _goals(found: Found) -> list[str]:
     for goal in GOALS:
         measured = goal.measured(found)
         if measured is not None:
-            verdict = "yes" if measured.median <= goal.most else "no"
-            goal_words = f"{goal.case}: {goal.variant} / {goal.base}"
+            verdict = "yes" if goal.is_met(measured) else "no"
             shown = [format_ratio(goal.most), format_spread(measured), verdict]
             flops = flops_against(found[goal.case], goal.variant, goal.base)
-            body.append([goal_words, *shown, known(flops, format_ratio)])
+            body.append([str(goal), *shown, known(flops, format_ratio)])
     if not body:
         return []
     table = markdown_grid(["time of a step", "at most", "measured", "met", "FLOPs"], body)
@@ -123,6 +120,14 @@ def _beside(variant: str, labels: Mapping[str, str], rows: Sequence[SpeedRow]) -
         for other, ratio in measured.items()
         if ratio is not None
     )
+
+
+def _layers(cases: Sequence[Case]) -> Iterator[tuple[str, list[Case]]]:
+    """Single layers, those that are trained in one way after the others, with a title."""
+    for method, title in (("full", "Single layers"), ("lora", "Single layers with LoRA")):
+        layers = [case for case in cases if (case.level, case.method) == ("layer", method)]
+        if layers:
+            yield title, layers
 
 
 LAYER_STORY = (
@@ -199,23 +204,55 @@ BEFORE_STORY = (
 
 
 def _before(cases: Sequence[Case], found: Found) -> list[str]:
-    """Of models and layers that were timed in more than one session."""
-    parts = []
+    """Of goals, models and layers that were timed in more than one session."""
+    parts = _goals_before(found)
     for case in cases:
         sessions = _sessions(found[case.name])
         if case.level == "model" and len(sessions) > 1:
             parts += [f"### {case.name}", _sessions_table(case, sessions)]
-    for method in ("full", "lora"):
-        layers = [case for case in cases if (case.level, case.method) == ("layer", method)]
+    for title, layers in _layers(cases):
         lines = [
             (f"{case.about}, {day[:10]}", rows)
             for case in layers
             for day, rows in list(_sessions(found[case.name]).items())[1:]
         ]
         if lines:
-            title = "layers" if method == "full" else "layers with LoRA"
-            parts += [f"### Single {title}, earlier", _layer_table(layers[0], lines)]
+            parts += [f"### {title}, earlier", _layer_table(layers[0], lines)]
     return ["## Timed more than once", BEFORE_STORY, *parts] if parts else []
+
+
+def _goals_before(found: Found) -> list[str]:
+    """What was measured of each goal on each day, and how many were met."""
+    by_day: dict[str, dict[str, list[SpeedRow]]] = {}
+    for case, rows in found.items():
+        for row in rows:
+            by_day.setdefault(row.session[:10], {}).setdefault(case, []).append(row)
+    measured = {
+        day: {goal: ratio for goal in GOALS if (ratio := goal.measured(by_day[day]))}
+        for day in sorted(by_day, reverse=True)
+    }
+    days = [day for day, of in measured.items() if of]
+    if len(days) < 2:
+        return []
+    body = [
+        [str(goal), format_ratio(goal.most), *(_verdict(goal, measured[day]) for day in days)]
+        for goal in GOALS
+        if any(goal in measured[day] for day in days)
+    ]
+    met = [
+        f"{sum(goal.is_met(ratio) for goal, ratio in measured[day].items())} of "
+        f"{len(measured[day])}"
+        for day in days
+    ]
+    header = ["time of a step (bold: met)", "at most", *days]
+    return ["### Goals, day by day", markdown_grid(header, [*body, ["met", "", *met]])]
+
+
+def _verdict(goal: Goal, measured: Mapping[Goal, Spread]) -> str:
+    if goal not in measured:
+        return MISSING
+    shown = format_ratio(measured[goal].median)
+    return f"**{shown}**" if goal.is_met(measured[goal]) else shown
 
 
 def _sessions(rows: Sequence[SpeedRow]) -> dict[str, dict[str, SpeedRow]]:
