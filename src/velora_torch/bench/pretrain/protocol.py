@@ -58,14 +58,17 @@ VARIANTS = (
     Variant("velora-value-down-8bit", "VeLoRA: v, down, 8-bit AdamW", "full"),
     Variant("velora-all-8bit", "VeLoRA: all, 8-bit AdamW", "full"),
     Variant("velora-all-m4-8bit", "VeLoRA: all, M = 4, 8-bit AdamW", "full"),
-    Variant("velora-all-gc", "VeLoRA: all, + gradient checkpointing", "full"),
-    Variant("full-8bit-gc", "Full, 8-bit AdamW + gradient checkpointing", "full"),
+    Variant("full-8bit-gc-chunked", "Full, 8-bit AdamW, GC, chunked loss", "full"),
     Variant(
-        "velora-value-down-8bit-gc",
-        "VeLoRA: v, down, 8-bit AdamW + gradient checkpointing",
+        "velora-value-down-8bit-gc-chunked",
+        "VeLoRA: v, down, 8-bit AdamW, GC, chunked loss",
         "full",
     ),
-    Variant("velora-all-8bit-gc", "VeLoRA: all, 8-bit AdamW + gradient checkpointing", "full"),
+    Variant(
+        "velora-all-m4-8bit-gc-chunked",
+        "VeLoRA: all, M = 4, 8-bit AdamW, GC, chunked loss",
+        "full",
+    ),
 )
 
 
@@ -108,6 +111,7 @@ METHODS: dict[str, dict[str, Any]] = {
 ADDITIONS: dict[str, dict[str, Any]] = {
     "8bit": {"optimizer": "adamw_bnb_8bit"},
     "gc": {"gradient_checkpointing": True},
+    "chunked": {"chunked_loss": True},
     "packaged": {"eps": 1e-6},  # that of galore_torch
     "eps": {"eps": 1e-8},  # that of all but APOLLO
 }
@@ -115,7 +119,7 @@ ADDITIONS: dict[str, dict[str, Any]] = {
 
 
 def without_additions(variant: str) -> str:
-    """The variant that it adds to: "velora-all" of "velora-all-8bit-gc"."""
+    """The variant that it adds to: "velora-all-m4" of "velora-all-m4-8bit"."""
     return "-".join(word for word in variant.split("-") if word not in ADDITIONS)
 
 
