@@ -32,7 +32,7 @@ from velora_torch.layers.base import _compute_dtype, _in_transform
 from velora_torch.layers.drawing import random_vectors, vectors_from
 from velora_torch.recomputation.deferred import plain
 from velora_torch.subtoken import vectors as choose
-from velora_torch.subtoken.factored import expand, factored_linear, project
+from velora_torch.subtoken.factored import expand, factored_linear, project_to_save
 from velora_torch.subtoken.scale_shift import CompressedScaleShift
 from velora_torch.values import has_values
 
@@ -174,11 +174,11 @@ class CompressedAdapter(nn.Module):
         shared = state.config.vectors == "shared"
         if product.kind == "scale":
             x = x.to(torch.result_type(x, product.operand))
-            z = project(x.detach(), v, shared)
+            z = project_to_save(x, v, shared, x.dtype)
             gamma_D = product.operand.reshape(-1)
             y: Tensor = CompressedScaleShift.apply(x, gamma_D, None, z, v, scale, -1, state.name)
             return y
-        z = project(x.detach(), v, shared).to(_compute_dtype(x))
+        z = project_to_save(x, v, shared, _compute_dtype(x))
         transposed = product.kind == "matmul"
         if not x.requires_grad:
             weight = product.operand.t() if transposed else product.operand

@@ -25,7 +25,13 @@ from velora_torch.layers.watching import LIVE
 from velora_torch.recomputation.deferred import plain
 from velora_torch.sharding import is_sharded
 from velora_torch.subtoken import vectors as choose
-from velora_torch.subtoken.factored import ExposedWeight, apply_linear, factored_linear, project
+from velora_torch.subtoken.factored import (
+    ExposedWeight,
+    apply_linear,
+    factored_linear,
+    project,
+    project_to_save,
+)
 from velora_torch.values import is_identity
 
 
@@ -180,7 +186,7 @@ class CompressedLayer(DrawnVectors):
             return y + pending.view(y.shape).to(y.dtype)
         z = None
         if state.drawn or no_tokens or x.numel() == 0:  # checkpointing must save the same again
-            z = project(x.detach(), v, self.shared).to(_compute_dtype(x))
+            z = project_to_save(x, v, self.shared, _compute_dtype(x))
         dense = v if coef is None else None
         return factored_linear(
             x, weight, bias, coef, z, dense, e, state.config.scale, self.transposed, state.name

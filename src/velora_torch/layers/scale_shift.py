@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from velora_torch.layers.base import CompressedLayer, _compute_dtype, _in_transform
 from velora_torch.layers.tensor_parallel import refuse_if_split
 from velora_torch.recomputation.deferred import plain
-from velora_torch.subtoken.factored import project
+from velora_torch.subtoken.factored import project_to_save
 from velora_torch.subtoken.scale_shift import CompressedScaleShift as Compressed
 from velora_torch.subtoken.scale_shift import apply_scale_shift
 
@@ -106,7 +106,7 @@ class CompressedScaleShift(CompressedLayer):
             self.choose(tokens)
         z = None
         if state.drawn or x.numel() == 0:
-            z = project(tokens, self.velora_vectors, self.shared).to(_compute_dtype(x))
+            z = project_to_save(tokens, self.velora_vectors, self.shared, _compute_dtype(x))
         y: Tensor = Compressed.apply(
             x, weight, bias, z, self.velora_vectors, state.config.scale, self.dim, state.name
         )

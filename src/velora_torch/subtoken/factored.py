@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 
@@ -44,6 +45,26 @@ def project(x: Tensor, v_GM: Tensor, shared: bool = False) -> Tensor:
     if rest:
         z_TG[:, full] = x_TD[:, full * size :] @ v_GM[full, :rest]
     return z_TG
+
+
+def project_to_save(x: Tensor, v_GM: Tensor, shared: bool, dtype: torch.dtype) -> Tensor:
+    """`project`, for nothing but to be saved for the backward pass.
+
+    Gradient checkpointing drops what its first pass saves, and looks at shape and type alone: there
+    the numbers are left out, and the second pass computes them.
+
+    Args:
+        x: as in `project`.
+        v_GM: as in `project`.
+        shared: as in `project`.
+        dtype: of the result.
+
+    Returns:
+        (T, G), without a graph.
+    """
+    if type(x) in (Tensor, Parameter) and _saving_is_dropped():
+        return x.detach().new_empty(x[..., 0].numel(), v_GM.shape[0], dtype=dtype)
+    return project(x.detach(), v_GM, shared).to(dtype)
 
 
 CHUNK = {"cpu": 1 << 18}
@@ -200,6 +221,23 @@ def _saving_is_hooked() -> bool:
     """Whether someone handles saved tensors, as checkpointing does; not so in ``torch.func``."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and not torch._C._are_functorch_transforms_active()
+
+
+_DROPPING = "torch.utils.checkpoint", "_checkpoint_hook"
+"""Module and class of the hook that, in the first pass of checkpointing, keeps no tensor."""
+
+
+def _saving_is_dropped() -> bool:
+    """Whether what is saved now is dropped, and computed again before it is needed.
+
+    Not where dispatch modes are active: selective checkpointing counts operators, which have to be
+    the same ones in both passes.
+    """
+    if torch.compiler.is_compiling() or not _saving_is_hooked():
+        return False
+    pack, _unpack = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    found = getattr(pack, "__module__", None), getattr(pack, "__qualname__", "").partition(".")[0]
+    return found == _DROPPING and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _kept(x: Tensor) -> Any:
