@@ -246,13 +246,14 @@ def test_double_backward_is_refused():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("direction", ["sign", "v"])
 @pytest.mark.parametrize("base", ["nf4", "int8", "torchao-int8"])
-def test_gradient_checkpointing(base: str):
+def test_gradient_checkpointing(base: str, direction: str):
     from torch.utils.checkpoint import checkpoint
 
     compressed = compress(layer(base))
     compressed(inputs())
-    give_coefficients(compressed, "sign")
+    give_coefficients(compressed, direction)
     x = inputs()
     compressed(x).sum().backward()
     expected, dX = compressed.coef.grad, x.grad

@@ -31,7 +31,7 @@ from velora_torch.integrations import bitsandbytes, torchao
 from velora_torch.layers.base import CompressedLayer, _compute_dtype, _in_transform
 from velora_torch.layers.tensor_parallel import refuse_if_split
 from velora_torch.recomputation.deferred import plain
-from velora_torch.subtoken.factored import _NoDoubleBackward, expand, project
+from velora_torch.subtoken.factored import _NoDoubleBackward, expand, project, project_to_save
 from velora_torch.swap import Swapped, plain_class, swap
 
 KNOWN = (
@@ -284,10 +284,14 @@ class CompressedQuantized(CompressedLayer):
             return y + pending.view(y.shape).to(y.dtype)
         z = p = None
         with torch.no_grad():
-            if state.drawn or x.numel() == 0:
-                z = project(x, self.velora_vectors, self.shared).to(_compute_dtype(x))
             if e is not None:
-                p = z if z is not None and state.direction == "v" else project(x, e, self.shared)
+                p = project(x, e, self.shared)
+            if state.drawn or x.numel() == 0:
+                dtype = _compute_dtype(x)
+                if p is not None and state.direction == "v":
+                    z = p = p.to(dtype)
+                else:
+                    z = project_to_save(x, self.velora_vectors, self.shared, dtype)
         return AddCoefficients.apply(y, x, coef, z, p, e, state.config.scale, state.name)
 
     @torch.no_grad()
