@@ -13,8 +13,8 @@ from itertools import combinations
 import choose_rates
 from result_rows import SCALE, finished
 from velora_torch.bench.catalogue import BENCHES
-from velora_torch.bench.grid import Row
-from velora_torch.bench.pretrain.protocol import LOCAL_RATES, LONG_RATES, REST, Rates
+from velora_torch.bench.grid import Finished, Row
+from velora_torch.bench.pretrain.protocol import LOCAL_RATES, REST, Rates
 from velora_torch.bench.pretrain.table import CATEGORIES, Line, lines_of
 from velora_torch.bench.statistics import by_variant, estimate
 from velora_torch.bench.table import format_change, format_estimate
@@ -152,12 +152,9 @@ def rates() -> str:
     own, body = BENCHES["pretrain"], []
     columns = {
         f"{task}{words}": swept
-        for bench, chosen, words in (
-            ("pretrain", LOCAL_RATES, ""),
-            ("pretrain-long", LONG_RATES, ", four times the tokens"),
-        )
+        for bench, words in (("pretrain", ""), ("pretrain-long", ", four times the tokens"))
         for task in choose_rates.TASKS[bench]
-        if (swept := _swept(bench, task, chosen[task]))
+        if (swept := _swept(bench, task, LOCAL_RATES[task]))
     }
     for variant in choose_rates.SMALL | choose_rates.LARGER:
         tried = [column.get(variant, "") for column in columns.values()]
@@ -213,6 +210,8 @@ def course(task: str, scale: str) -> str:
     return markdown_grid(header, body)
 
 
+FEWEST = 5
+"""Methods whose order is worth a line."""
 Ends = Mapping[str, float]
 """Variant -> perplexity at the end."""
 
@@ -222,6 +221,8 @@ def order() -> str:
     body = []
     for name, one, other in _compared():
         methods, turned = one.keys() & other.keys(), turned_pairs(one, other)
+        if len(methods) < FEWEST:
+            continue
         kept = 1 - len(turned) / math.comb(len(methods), 2)
         ratios = [max(one[a], one[b]) / min(one[a], one[b]) for a, b in turned]
         apart = known(max(ratios, default=None), lambda ratio: f"{ratio - 1:.1%}")
@@ -241,23 +242,29 @@ def turned_pairs(first: Ends, second: Ends) -> list[tuple[str, str]]:
 
 
 def _compared() -> Iterator[tuple[str, Ends, Ends]]:
-    """Two seeds of one size, the first size and another with one seed, and that without APOLLO."""
-    sizes = {
-        f"{task}, {millions(own.rows, task)}": _by_seed(own.rows, task)
-        for own in (finished("pretrain", *of) for of in PRE_TRAINING_ROWS.items())
-        for task in own.bench.scales[own.scale].tasks
-    }
-    for name, of in sizes.items():
+    """Two seeds of one training; one seed of two that differ in model or length; and of two lengths
+    without APOLLO."""
+    names, ends = {}, {}
+    for own in (finished("pretrain", *of) for of in PRE_TRAINING_ROWS.items()):
+        for task in tasks_of(own):
+            names[task, own.scale] = f"{task}, {millions(own.rows, task)}"
+            ends[task, own.scale] = _by_seed(own.rows, task)
+    for at, of in ends.items():
         for one, other in combinations(sorted(of), 2):
-            yield f"{name}: seeds {one + 1} and {other + 1}", of[one], of[other]
-    (small, first), *others = sizes.items()
-    for name, of in others:
-        for seed in sorted(first.keys() & of.keys()):
-            yield f"{small}, and {name}: seed {seed + 1}", first[seed], of[seed]
-    longest, of = others[-1]
-    for seed in sorted(first.keys() & of.keys()):
-        rest = {variant: end for variant, end in first[seed].items() if variant != "apollo"}
-        yield f"{small}, and {longest}: seed {seed + 1}, without APOLLO", rest, of[seed]
+            yield f"{names[at]}: seeds {one + 1} and {other + 1}", of[one], of[other]
+    pairs = list(combinations(ends, 2))
+    lengths = [(first, second) for first, second in pairs if first[0] == second[0]]
+    models = [(first, second) for first, second in pairs if first[1] == second[1]]
+    for first, second in models + lengths:
+        for seed in sorted(ends[first].keys() & ends[second].keys()):
+            name = f"{names[first]}, and {names[second]}: seed {seed + 1}"
+            yield name, ends[first][seed], ends[second][seed]
+    for first, second in lengths:
+        for seed in sorted(ends[first].keys() & ends[second].keys()):
+            if "apollo" in ends[second][seed]:
+                name = f"{names[first]}, and {names[second]}: seed {seed + 1}, without APOLLO"
+                rest = {of: end for of, end in ends[first][seed].items() if of != "apollo"}
+                yield name, rest, ends[second][seed]
 
 
 def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:
@@ -292,6 +299,12 @@ def paired(pairs: Pairs) -> str:
             body.append([model, *labels, format_change(estimate(ratios)), each])
     header = ["model", "method", "compared with", "%", "each seed"]
     return markdown_grid(header, body, words=header[1:3])
+
+
+def tasks_of(own: Finished) -> list[str]:
+    """The models of a scale that have rows."""
+    trained = {row.task for row in own.rows}
+    return [task for task in own.bench.scales[own.scale].tasks if task in trained]
 
 
 def millions(rows: Sequence[Row], task: str) -> str:

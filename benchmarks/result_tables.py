@@ -30,6 +30,7 @@ from pretraining_tables import (
     pre_trained,
     rates,
     step,
+    tasks_of,
 )
 from result_rows import RESULTS, SCALE, finished
 from velora_torch.atomic import write_whole
@@ -115,7 +116,7 @@ def _pre_training() -> str:
     short = found[SCALE]
     for task in short.bench.scales[SCALE].tasks:
         for own in found.values():
-            if task in own.bench.scales[own.scale].tasks:
+            if task in tasks_of(own):
                 header.append(f"{task}, {millions(own.rows, task)}")
                 columns.append(_by_name(lines_of(own, task), _against_full))
         lines = lines_of(short, task)
