@@ -57,10 +57,12 @@ VARIANTS = (
     Variant("velora-all-m4", "VeLoRA: all, M = 4", "full"),
     Variant("velora-all-m16", "VeLoRA: all, M = 16", "full"),
     Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
+    Variant("lora-8bit", "LoRA, 8-bit AdamW", "full"),
     Variant("velora-value-down-8bit", "VeLoRA: v, down, 8-bit AdamW", "full"),
     Variant("velora-all-8bit", "VeLoRA: all, 8-bit AdamW", "full"),
     Variant("velora-all-m4-8bit", "VeLoRA: all, M = 4, 8-bit AdamW", "full"),
     Variant("full-8bit-gc-chunked", "Full, 8-bit AdamW, GC, chunked loss", "full"),
+    Variant("lora-8bit-gc-chunked", "LoRA, 8-bit AdamW, GC, chunked loss", "full"),
     Variant(
         "velora-value-down-8bit-gc-chunked",
         "VeLoRA: v, down, 8-bit AdamW, GC, chunked loss",
