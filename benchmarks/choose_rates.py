@@ -79,6 +79,8 @@ SMALL: Pairs = {
     "velora-all": _around(1e-3, 4e-3),
     "velora-not-qk": _around(1e-3),
     "velora-value-down": _around(1e-3),
+    "velora-value-down-faster": _around(1e-3),
+    "velora-not-qk-faster": _around(1e-3),
     "lora": _around(2e-3),
     "relora": _around(2e-3),
     "galore": _around(2e-3),

@@ -38,6 +38,8 @@ VARIANTS = (
     Variant("velora-value-down", "VeLoRA: v, down", "full"),
     Variant("velora-not-qk", "VeLoRA: all but q, k", "full"),
     Variant("velora-all", "VeLoRA: all", "full"),
+    Variant("velora-value-down-faster", "VeLoRA: v, down, at twice the rate", "full"),
+    Variant("velora-not-qk-faster", "VeLoRA: all but q, k, at twice the rate", "full"),
     Variant("velora-value-down-apollo", "VeLoRA: v, down, APOLLO on the rest", "full"),
     Variant("galore-packaged", "GaLore, eps of its package", "full"),
     Variant("galore-twelfth-packaged", "GaLore, rank 1/12, eps of its package", "full"),
@@ -92,6 +94,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-value-down": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-not-qk": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-all": {"velora": _velora(ALL_LINEAR, **REDRAWN)},
+    "velora-value-down-faster": {"velora": _velora(VALUE_AND_DOWN)},
+    "velora-not-qk-faster": {"velora": _velora(NOT_QUERY_AND_KEY, **REDRAWN)},
     "velora-value-down-apollo": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
     "velora-value-down-redrawn": {"velora": _velora(VALUE_AND_DOWN, **REDRAWN)},
@@ -129,7 +133,11 @@ def without_additions(variant: str) -> str:
     return "-".join(word for word in variant.split("-") if word not in ADDITIONS)
 
 
-FASTER = {"velora-qk-faster": QUERY_AND_KEY}
+FASTER = {
+    "velora-qk-faster": QUERY_AND_KEY,
+    "velora-value-down-faster": VALUE_AND_DOWN,
+    "velora-not-qk-faster": NOT_QUERY_AND_KEY,
+}
 """Layers with twice the learning rate of the other linear layers, by variant."""
 PROJECTING = {
     "galore": "galore_adamw",
@@ -182,6 +190,7 @@ _LARGER = dict.fromkeys(METHODS, 1e-3) | {
     "full": 5e-4,
     "velora-paper": 5e-4,
     "velora-value-down": 5e-4,
+    "velora-value-down-faster": 5e-4,
     "velora-value-down-signs": 5e-4,
     "velora-value-down-redrawn": 5e-4,
     "galore-twelfth": 2e-3,
