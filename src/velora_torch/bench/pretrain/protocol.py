@@ -19,6 +19,7 @@ ALL_LINEAR = BLOCKS + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 VALUE_AND_DOWN = BLOCKS + r"(self_attn\.v_proj|mlp\.down_proj)"  # the paper, section 4.4
 QUERY_AND_KEY = BLOCKS + r"self_attn\.[qk]_proj"
 NOT_QUERY_AND_KEY = BLOCKS + r"(self_attn\.[vo]_proj|mlp\.(gate|up|down)_proj)"
+DOWN_PROJECTIONS = ["lora_A"]
 REDRAWN: dict[str, Any] = {"init": "rademacher", "vectors": "per_group", "refresh_every": 200}
 FIXED: dict[str, Any] = {**REDRAWN, "refresh_every": None}
 M = 8
@@ -40,6 +41,8 @@ VARIANTS = (
     Variant("velora-all", "VeLoRA: all", "full"),
     Variant("velora-value-down-faster", "VeLoRA: v, down, at twice the rate", "full"),
     Variant("velora-not-qk-faster", "VeLoRA: all but q, k, at twice the rate", "full"),
+    Variant("lora-velora", "LoRA + VeLoRA", "full"),
+    Variant("lora-velora-8bit", "LoRA + VeLoRA, 8-bit AdamW", "full"),
     Variant("velora-value-down-apollo", "VeLoRA: v, down, APOLLO on the rest", "full"),
     Variant("galore-packaged", "GaLore, eps of its package", "full"),
     Variant("galore-twelfth-packaged", "GaLore, rank 1/12, eps of its package", "full"),
@@ -78,13 +81,16 @@ VARIANTS = (
 )
 
 
-def _velora(targets: str, size: int | dict[str, int] = M, **more: Any) -> dict[str, Any]:
+def _velora(
+    targets: str | list[str], size: int | dict[str, int] = M, **more: Any
+) -> dict[str, Any]:
     return {"targets": targets, "sub_token_size": size, "track_delta": False, **more}
 
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"velora": None},
     "lora": {"velora": None},
+    "lora-velora": {"velora": _velora(DOWN_PROJECTIONS, **REDRAWN)},
     "relora": {"velora": None},
     "galore": {"velora": None},
     "galore-twelfth": {"velora": None},
@@ -176,6 +182,7 @@ REST = 3.2e-2  # all methods have it: full training loses 7% at half of it, gain
 # on the larger model velora-all-running has that of an older sweep.
 _SMALL = dict.fromkeys(METHODS, 1e-3) | {
     "lora": 2e-3,
+    "lora-velora": 2e-3,
     "relora": 2e-3,
     "galore": 2e-3,
     "galore-twelfth": 4e-3,
@@ -236,7 +243,7 @@ def method(
     if variant in FASTER:  # of two patterns that match, the later counts
         twice = 2 * (rates.linear or rates.rest)
         train.setdefault("learning_rates", {})[FASTER[variant]] = twice
-    if base in ("lora", "relora"):
+    if base in ("lora", "lora-velora", "relora"):
         top |= {
             "method": "lora",
             "lora": {
