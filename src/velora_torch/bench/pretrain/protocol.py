@@ -49,6 +49,7 @@ VARIANTS = (
     Variant("apollo-eps", "APOLLO, eps of full training", "full"),
     Variant("velora-value-down-signs", "VeLoRA: v, down, random signs", "full"),
     Variant("velora-value-down-redrawn", "VeLoRA: v, down, signs, redrawn", "full"),
+    Variant("velora-value-down-rarely", "VeLoRA: v, down, redrawn every 600 steps", "full"),
     Variant("velora-not-qk-average", "VeLoRA: all but q, k, fixed average", "full"),
     Variant("velora-qk", "VeLoRA: q, k alone", "full"),
     Variant("velora-qk-faster", "VeLoRA: q, k alone, at twice the rate", "full"),
@@ -105,6 +106,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "velora-value-down-apollo": {"velora": _velora(VALUE_AND_DOWN)},
     "velora-value-down-signs": {"velora": _velora(VALUE_AND_DOWN, **FIXED)},
     "velora-value-down-redrawn": {"velora": _velora(VALUE_AND_DOWN, **REDRAWN)},
+    "velora-value-down-rarely": {
+        "velora": _velora(VALUE_AND_DOWN, **{**REDRAWN, "refresh_every": 600})
+    },
     "velora-not-qk-average": {"velora": _velora(NOT_QUERY_AND_KEY)},
     "velora-qk": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
     "velora-qk-faster": {"velora": _velora(QUERY_AND_KEY, **REDRAWN)},
@@ -198,6 +202,7 @@ _LARGER = dict.fromkeys(METHODS, 1e-3) | {
     "velora-paper": 5e-4,
     "velora-value-down": 5e-4,
     "velora-value-down-faster": 5e-4,
+    "velora-value-down-rarely": 5e-4,
     "velora-value-down-signs": 5e-4,
     "velora-value-down-redrawn": 5e-4,
     "galore-twelfth": 2e-3,
