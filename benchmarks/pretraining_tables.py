@@ -24,6 +24,12 @@ from velora_torch.report.quantities import format_bytes, format_ratio, format_se
 _PROJECTED = ("galore", "apollo", "flora")
 _ALL = ("full", "velora-all", *_PROJECTED)
 _BESIDE_RELORA = ("full", "lora", "galore", "velora-not-qk", "velora-all-m4")
+_LEAST = (
+    ("full-8bit-gc-chunked", ("full", "full-8bit")),
+    ("velora-value-down-8bit-gc-chunked", ("full-8bit-gc-chunked", "velora-value-down-8bit")),
+    ("velora-all-m4-8bit-gc-chunked", ("full-8bit-gc-chunked", "velora-all-m4-8bit")),
+)
+"""Variants with the smallest peaks, and what they are compared with."""
 PAIRED = (
     ("local", "llama-3m", "velora-value-down", ("full", "lora")),
     ("local", "llama-3m", "relora", _BESIDE_RELORA),
@@ -37,6 +43,8 @@ PAIRED = (
     ("local", "llama-3m", "velora-all-fixed", (*_ALL, "galore-twelfth")),
     ("local", "llama-3m", "velora-all-m4", ("full", "velora-all")),
     ("local", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
+    ("local", "llama-3m", "velora-value-down-redrawn", ("full", "velora-value-down")),
+    ("local", "llama-3m", "lora-velora", ("full", "lora", "velora-not-qk", "velora-all-m4")),
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-value-down", ("full", "galore")),
@@ -59,7 +67,12 @@ PAIRED = (
     ("local", "llama-15m", "full-8bit", ("full", "galore", "velora-not-qk")),
     ("local", "llama-15m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-15m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
+    *(("local", task, *of) for task in ("llama-3m", "llama-15m") for of in _LEAST),
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
+    (
+        *("long", "llama-3m", "velora-value-down-redrawn"),
+        ("full", "velora-value-down", "apollo", "lora"),
+    ),
     (
         *("long", "llama-3m", "velora-value-down-8bit"),
         ("full", "full-8bit", "velora-value-down", "lora", "apollo", "velora-all-m4-8bit"),
