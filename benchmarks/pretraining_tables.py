@@ -71,8 +71,9 @@ PAIRED = (
     ("long", "llama-3m", "velora-value-down", ("full", "lora", "apollo")),
     (
         *("long", "llama-3m", "velora-value-down-redrawn"),
-        ("full", "velora-value-down", "apollo", "lora"),
+        ("full", "velora-value-down", "velora-value-down-rarely", "full-8bit", "apollo", "lora"),
     ),
+    ("long", "llama-3m", "velora-value-down-rarely", ("full",)),
     (
         *("long", "llama-3m", "velora-value-down-8bit"),
         ("full", "full-8bit", "velora-value-down", "lora", "apollo", "velora-all-m4-8bit"),

@@ -53,7 +53,8 @@ FINE_TUNED = {
 PRE_TRAINED = (
     *("full", "full-8bit", "full-gc", "lora", "relora"),
     *("galore", "galore-twelfth", "apollo", "flora"),
-    *("velora-paper", "velora-value-down", "velora-not-qk", "velora-all", "velora-all-fixed"),
+    *("velora-paper", "velora-value-down", "velora-value-down-redrawn", "velora-not-qk"),
+    *("velora-all", "velora-all-fixed", "lora-velora"),
     *("velora-value-down-8bit", "velora-all-m4", "velora-all-m4-8bit"),
     *("full-8bit-gc-chunked", "velora-value-down-8bit-gc-chunked", "velora-all-m4-8bit-gc-chunked"),
 )
