@@ -269,16 +269,21 @@ def _compared() -> Iterator[tuple[str, Ends, Ends]]:
     pairs = list(combinations(ends, 2))
     lengths = [(first, second) for first, second in pairs if first[0] == second[0]]
     models = [(first, second) for first, second in pairs if first[1] == second[1]]
-    for first, second in models + lengths:
-        for seed in sorted(ends[first].keys() & ends[second].keys()):
-            name = f"{names[first]}, and {names[second]}: seed {seed + 1}"
-            yield name, ends[first][seed], ends[second][seed]
-    for first, second in lengths:
-        for seed in sorted(ends[first].keys() & ends[second].keys()):
-            if "apollo" in ends[second][seed]:
-                name = f"{names[first]}, and {names[second]}: seed {seed + 1}, without APOLLO"
-                rest = {of: end for of, end in ends[first][seed].items() if of != "apollo"}
-                yield name, rest, ends[second][seed]
+    seeds = {
+        (first, second): [
+            (f"{names[first]}, and {names[second]}: seed {seed + 1}", ends[first][seed], its)
+            for seed, its in sorted(ends[second].items())
+            if seed in ends[first]
+        ]
+        for first, second in models + lengths
+    }
+    for same_seed in seeds.values():
+        yield from same_seed
+    for pair in lengths:
+        for name, few, many in seeds[pair]:
+            if "apollo" in few.keys() & many.keys():
+                rest = {variant: end for variant, end in few.items() if variant != "apollo"}
+                yield f"{name}, without APOLLO", rest, many
 
 
 def _by_seed(rows: Sequence[Row], task: str) -> dict[int, dict[str, float]]:
