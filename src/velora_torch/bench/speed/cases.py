@@ -18,7 +18,7 @@ SCALES = {
     LOCAL: "two CPU cores and 16 GB of memory, an hour or two",
     LARGE: "the whole grid of widths and whole models: a GPU, or patience",
 }
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,13 @@ _LOCAL_LAYERS = {  # (width, dtype) -> tokens
 }
 _WIDTHS = (512, 1024, 2048, 4096, 8192)
 _TOKENS = (512, 1024, 2048, 4096, 8192)
-_LOCAL_PARTS = ((1024, 2048), (2048, 2048), (4096, 512))
+_PARTS = (
+    (1024, "bf16", 2048),
+    (2048, "bf16", 2048),
+    (4096, "bf16", 512),
+    (1024, "fp32", 2048),
+    (1024, "fp16", 512),
+)
 
 
 def linear(width: int, dtype: str, tokens: int) -> dict[str, Any]:
@@ -84,12 +90,12 @@ def _layer(width: int, dtype: str, tokens: int, level: Level, method: Method = "
 
 LAYERS = [
     _layer(width, dtype, tokens, "layer")
-    for dtype in DTYPES
+    for dtype in ("bf16", "fp32")
     for width in _WIDTHS
     for tokens in _TOKENS
 ]
 LORA_LAYERS = [_layer(width, "bf16", 2048, "layer", "lora") for width in (1024, 2048)]
-PARTS = [_layer(width, "bf16", tokens, "parts") for width, tokens in _LOCAL_PARTS]
+PARTS = [_layer(width, dtype, tokens, "parts") for width, dtype, tokens in _PARTS]
 
 # ------------------------------------------------------------------ models
 

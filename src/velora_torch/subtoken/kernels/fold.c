@@ -4,14 +4,17 @@
  * may be cut (D <= G M). Matrices lie row after row. The sum is that of PyTorch's operators:
  * decay * W is rounded to float32, and the product is added with one rounding.
  *
- * bfloat16 is the upper half of float32. Stochastic rounding adds noise a[o] ^ b[d], uniform in
- * [0, 2^16), to the float's bits and cuts them; without a, the nearest value is taken, even ones at
- * ties. Infinities stay, and every NaN becomes one whose bits cannot carry into the sign.
+ * 16-bit weights are rounded to nearest, even ones at ties, or, with noise a[o] ^ b[d], uniform in
+ * [0, 2^16), up or down with unbiased odds. Infinities stay, and every NaN becomes one.
  */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* What a weight is stored as; fold.py has the same numbers. */
+enum type { FLOAT32, BFLOAT16, FLOAT16 };
 
 INLINE uint32_t bits_of(float x) {
     uint32_t bits;
@@ -19,118 +22,148 @@ INLINE uint32_t bits_of(float x) {
     return bits;
 }
 
-INLINE float widen(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
+INLINE float float_of(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-INLINE uint16_t add_noise(float x, int32_t noise) {
+/* bfloat16 is the upper half of float32: noise is added to its bits, and they are cut. */
+
+INLINE float widen_bfloat16(uint16_t half) { return float_of((uint32_t)half << 16); }
+
+INLINE uint16_t dither_bfloat16(float x, int32_t noise) {
     return x == x ? (uint16_t)((bits_of(x) + (uint32_t)noise) >> 16) : 0x7FC0;
 }
 
-INLINE uint16_t nearest(float x) {
-    return add_noise(x, 0x7FFF + (int32_t)(bits_of(x) >> 16 & 1));
+INLINE uint16_t nearest_bfloat16(float x) {
+    return dither_bfloat16(x, 0x7FFF + (int32_t)(bits_of(x) >> 16 & 1));
 }
 
-/* One output's features, group by group; with a constant M the inner loop is unrolled. */
+/* float16 has 10 bits of fraction, and an exponent 112 below float32's. What is smaller than 2^-14
+ * is a multiple of 2^-24. */
 
-INLINE void row_bf16(uint16_t *restrict w_D, const float *restrict c_G, const float *restrict e_D,
-                     int noisy, int32_t a, const int32_t *restrict b_D, float decay, long groups,
-                     long M) {
-    for (long g = 0; g < groups; g++)
-        for (long m = 0; m < M; m++) {
-            const long d = g * M + m;
-            const float sum = __builtin_fmaf(c_G[g], e_D[d], widen(w_D[d]) * decay);
-            w_D[d] = noisy ? add_noise(sum, a ^ b_D[d]) : nearest(sum);
-        }
+#define SMALLEST_NORMAL (113u << 23)
+#define INFINITE (255u << 23)
+
+INLINE float widen_float16(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7FFF;
+    const uint32_t small = bits_of((float)(int32_t)size * 0x1p-24f);
+    const uint32_t normal = (size << 13) + ((size < 0x7C00 ? 112u : 224u) << 23);
+    return float_of(sign | (size < 0x0400 ? small : normal));
 }
 
-INLINE void row_f32(float *restrict w_D, const float *restrict c_G, const float *restrict e_D,
-                    float decay, long groups, long M) {
-    for (long g = 0; g < groups; g++)
-        for (long m = 0; m < M; m++) {
-            const long d = g * M + m;
-            w_D[d] = __builtin_fmaf(c_G[g], e_D[d], w_D[d] * decay);
-        }
+INLINE uint16_t nearest_float16(float x) {
+    const uint32_t bits = bits_of(x), size = bits & 0x7FFFFFFF;
+    const uint32_t small = bits_of(float_of(size) + 0.5f) - bits_of(0.5f); /* one bit is 2^-24 */
+    const uint32_t normal = (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13;
+    uint32_t half = size < SMALLEST_NORMAL ? small : normal;
+    half = size < bits_of(65520.0f) ? half : 0x7C00;
+    return x == x ? (uint16_t)((bits >> 16 & 0x8000) | half) : 0x7E00;
 }
 
-#define FOR_SIZE(M, CALL)                                                                          \
-    switch (M) {                                                                                   \
-    case 2: CALL(2); break;                                                                        \
-    case 4: CALL(4); break;                                                                        \
-    case 8: CALL(8); break;                                                                        \
-    case 16: CALL(16); break;                                                                      \
-    case 32: CALL(32); break;                                                                      \
-    default: CALL(M);                                                                              \
-    }
+INLINE uint16_t dither_float16(float x, int32_t noise) {
+    const uint32_t power = bits_of(x) & INFINITE;
+    /* How far neighbours are apart at x; a power of two, so that all is exact but the last. */
+    const uint32_t step = (power < SMALLEST_NORMAL ? SMALLEST_NORMAL : power) - (10u << 23);
+    const float steps = x * float_of((254u << 23) - step), below = __builtin_floorf(steps);
+    const float up = (steps - below) * 0x1p16f > (float)noise + 0.5f ? 1.0f : 0.0f;
+    return nearest_float16(power < INFINITE ? (below + up) * float_of(step) : x);
+}
 
-void fold_bf16(uint16_t *w_OD, const float *c_OG, const float *e_D, const int32_t *a_O,
-               const int32_t *b_D, float decay, long O, long D, long G, long M, int threads) {
-    const long groups = D / M, last = D % M;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long o = 0; o < O; o++) {
-        uint16_t *w_D = w_OD + o * D;
-        const float *c_G = c_OG + o * G;
-        const int32_t a = a_O ? a_O[o] : 0;
-#define WHOLE(SIZE)                                                                                \
-    if (a_O)                                                                                       \
-        row_bf16(w_D, c_G, e_D, 1, a, b_D, decay, groups, SIZE);                                   \
+INLINE float read(const void *w, long i, enum type type) {
+    if (type == FLOAT32)
+        return ((const float *)w)[i];
+    const uint16_t half = ((const uint16_t *)w)[i];
+    return type == BFLOAT16 ? widen_bfloat16(half) : widen_float16(half);
+}
+
+INLINE void write(void *w, long i, float x, int noisy, int32_t noise, enum type type) {
+    if (type == FLOAT32)
+        ((float *)w)[i] = x;
+    else if (type == BFLOAT16)
+        ((uint16_t *)w)[i] = noisy ? dither_bfloat16(x, noise) : nearest_bfloat16(x);
+    else
+        ((uint16_t *)w)[i] = noisy ? dither_float16(x, noise) : nearest_float16(x);
+}
+
+/* Calls FUNCTION with a type and a noisy that the compiler knows, so that loops have no branches. */
+#define FOR_TYPE(type, noisy, FUNCTION, ...)                                                       \
+    if (type == FLOAT32)                                                                           \
+        FUNCTION(FLOAT32, 0, __VA_ARGS__);                                                         \
+    else if (type == BFLOAT16 && noisy)                                                            \
+        FUNCTION(BFLOAT16, 1, __VA_ARGS__);                                                        \
+    else if (type == BFLOAT16)                                                                     \
+        FUNCTION(BFLOAT16, 0, __VA_ARGS__);                                                        \
+    else if (noisy)                                                                                \
+        FUNCTION(FLOAT16, 1, __VA_ARGS__);                                                         \
     else                                                                                           \
-        row_bf16(w_D, c_G, e_D, 0, a, b_D, decay, groups, SIZE)
-        FOR_SIZE(M, WHOLE)
-#undef WHOLE
-        if (last)
-            row_bf16(w_D + D - last, c_G + groups, e_D + D - last, a_O != 0, a,
-                     a_O ? b_D + D - last : b_D, decay, 1, last);
+        FUNCTION(FLOAT16, 0, __VA_ARGS__)
+
+/* Some of one output's features, from `first` on, group by group. */
+INLINE void groups_of(enum type type, int noisy, void *restrict w_D, const float *restrict c_G,
+                      const float *restrict e_D, int32_t a, const int32_t *restrict b_D,
+                      float decay, long first, long groups, long M) {
+    for (long g = 0; g < groups; g++)
+        for (long m = 0; m < M; m++) {
+            const long d = first + g * M + m;
+            const float sum = __builtin_fmaf(c_G[g], e_D[d], read(w_D, d, type) * decay);
+            write(w_D, d, sum, noisy, noisy ? a ^ b_D[d] : 0, type);
+        }
+}
+
+/* One output's features; with a constant M the inner loop is unrolled. */
+INLINE void row(enum type type, int noisy, void *restrict w_D, const float *restrict c_G,
+                const float *restrict e_D, int32_t a, const int32_t *restrict b_D, float decay,
+                long D, long M) {
+    const long whole = D / M, last = D % M;
+    switch (M) {
+#define UNROLLED(SIZE)                                                                             \
+    case SIZE: groups_of(type, noisy, w_D, c_G, e_D, a, b_D, decay, 0, whole, SIZE); break
+        UNROLLED(2);
+        UNROLLED(4);
+        UNROLLED(8);
+        UNROLLED(16);
+        UNROLLED(32);
+#undef UNROLLED
+    default: groups_of(type, noisy, w_D, c_G, e_D, a, b_D, decay, 0, whole, M);
+    }
+    if (last)
+        groups_of(type, noisy, w_D, c_G + whole, e_D, a, b_D, decay, D - last, 1, last);
+}
+
+/* One feature of a weight that is stored as (D, O). */
+INLINE void column(enum type type, int noisy, void *restrict w_O, const float *restrict c_O,
+                   float e, const int32_t *restrict a_O, int32_t b, float decay, long O) {
+    for (long o = 0; o < O; o++) {
+        const float sum = __builtin_fmaf(c_O[o], e, read(w_O, o, type) * decay);
+        write(w_O, o, sum, noisy, noisy ? a_O[o] ^ b : 0, type);
     }
 }
 
-void fold_f32(float *w_OD, const float *c_OG, const float *e_D, float decay, long O, long D, long G,
-              long M, int threads) {
-    const long groups = D / M, last = D % M;
+/* Without a and b the nearest value is taken; float32 has none. */
+
+void fold(int type, void *w_OD, const float *c_OG, const float *e_D, const int32_t *a_O,
+          const int32_t *b_D, float decay, long O, long D, long G, long M, int threads) {
+    const int noisy = a_O != NULL;
+    const long bytes = type == FLOAT32 ? 4 : 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (long o = 0; o < O; o++) {
-        float *w_D = w_OD + o * D;
-        const float *c_G = c_OG + o * G;
-#define WHOLE(SIZE) row_f32(w_D, c_G, e_D, decay, groups, SIZE)
-        FOR_SIZE(M, WHOLE)
-#undef WHOLE
-        if (last)
-            row_f32(w_D + D - last, c_G + groups, e_D + D - last, decay, 1, last);
+        void *w_D = (char *)w_OD + o * D * bytes;
+        const int32_t a = noisy ? a_O[o] : 0;
+        FOR_TYPE(type, noisy, row, w_D, c_OG + o * G, e_D, a, b_D, decay, D, M);
     }
 }
 
 /* The same for a weight that is stored as (D, O), with coefficients as (G, O). */
-
-INLINE void column_bf16(uint16_t *restrict w_O, const float *restrict c_O, float e, int noisy,
-                        const int32_t *restrict a_O, int32_t b, float decay, long O) {
-    for (long o = 0; o < O; o++) {
-        const float sum = __builtin_fmaf(c_O[o], e, widen(w_O[o]) * decay);
-        w_O[o] = noisy ? add_noise(sum, a_O[o] ^ b) : nearest(sum);
+void fold_transposed(int type, void *w_DO, const float *c_GO, const float *e_D, const int32_t *a_O,
+                     const int32_t *b_D, float decay, long O, long D, long M, int threads) {
+    const int noisy = a_O != NULL;
+    const long bytes = type == FLOAT32 ? 4 : 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long d = 0; d < D; d++) {
+        void *w_O = (char *)w_DO + d * O * bytes;
+        const int32_t b = noisy ? b_D[d] : 0;
+        FOR_TYPE(type, noisy, column, w_O, c_GO + d / M * O, e_D[d], a_O, b, decay, O);
     }
-}
-
-INLINE void column_f32(float *restrict w_O, const float *restrict c_O, float e, float decay,
-                       long O) {
-    for (long o = 0; o < O; o++)
-        w_O[o] = __builtin_fmaf(c_O[o], e, w_O[o] * decay);
-}
-
-void fold_transposed_bf16(uint16_t *w_DO, const float *c_GO, const float *e_D, const int32_t *a_O,
-                          const int32_t *b_D, float decay, long O, long D, long M, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long d = 0; d < D; d++)
-        if (a_O)
-            column_bf16(w_DO + d * O, c_GO + d / M * O, e_D[d], 1, a_O, b_D[d], decay, O);
-        else
-            column_bf16(w_DO + d * O, c_GO + d / M * O, e_D[d], 0, a_O, 0, decay, O);
-}
-
-void fold_transposed_f32(float *w_DO, const float *c_GO, const float *e_D, float decay, long O,
-                         long D, long M, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long d = 0; d < D; d++)
-        column_f32(w_DO + d * O, c_GO + d / M * O, e_D[d], decay, O);
 }
