@@ -5,7 +5,7 @@ from matplotlib.path import Path
 from matplotlib.transforms import Bbox
 
 from velora_torch.bench.labels import place_labels
-from velora_torch.bench.plot import HEIGHT, WIDTH, Point, _draw_point
+from velora_torch.bench.plot import HEIGHT, WIDTH, Point, draw_point
 from velora_torch.report.figures import single
 from velora_torch.report.inline_svg import drawing
 
@@ -23,7 +23,7 @@ def test_names_and_their_lines_cover_neither_each_other_nor_a_point(at):
     with drawing():
         figure, axes = single(WIDTH, HEIGHT, "memory of a training step, MiB", "average score, %")
         for point in points:
-            _draw_point(axes, point)
+            draw_point(axes, point)
         axes.margins(x=0.6, y=0.5)
         boxes = place_labels(figure, axes, points)
         ends = [[(p.memory, p.score + sign * p.error) for sign in (-1, 1)] for p in points]
@@ -40,3 +40,20 @@ def test_names_and_their_lines_cover_neither_each_other_nor_a_point(at):
         for j in range(len(points)):
             assert j == i or not line.intersects_bbox(boxes[j], filled=True)
             assert j == i or not line.intersects_bbox(marks[j], filled=True)
+
+
+def test_names_keep_off_other_lines():
+    """The first place, right of a point, is where a line begins; without it, it is taken."""
+    points = [Point("a", "A method", 240, 80, 0.1, None), Point("b", "another", 260, 82, 0.1, None)]
+    line = ((240.0, 80.0), (260.0, 80.0))
+    beside = []
+    for lines in ([], [line]):
+        with drawing():
+            figure, axes = single(WIDTH, HEIGHT, "MiB", "%")
+            for point in points:
+                draw_point(axes, point)
+            axes.margins(x=0.6, y=0.5)
+            box, _other = place_labels(figure, axes, points, lines)
+            x, y = axes.transData.transform(line[0])
+        beside.append(box.x0 > x and box.y0 < y < box.y1)
+    assert beside == [True, False]

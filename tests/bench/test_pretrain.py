@@ -8,8 +8,10 @@ from tests.training.pretraining import texts
 from velora_torch.bench import catalogue
 from velora_torch.bench.cell import run_cell
 from velora_torch.bench.grid import Cell, Finished, Row, cells
+from velora_torch.bench.plot import Point
 from velora_torch.bench.pretrain import protocol
 from velora_torch.bench.pretrain.measure import peak_bytes
+from velora_torch.bench.pretrain.plots import _frontier
 from velora_torch.bench.pretrain.table import lines_of, report
 from velora_torch.bench.timing import StepTime
 from velora_torch.training.recipe import Recipe
@@ -169,6 +171,12 @@ def test_differences_are_paired_by_seed(finished):
     assert ours.relative.mean == pytest.approx((0.01 + 0.02 + 0.0) / 3)
     assert ours.perplexity.mean == pytest.approx(21.206666)
     assert [tokens for tokens, _ in ours.curve] == [1e6, 2e6]
+
+
+def test_the_frontier_leaves_out_what_is_worse_in_both():
+    at = [(3, 5.0), (1, 9.0), (2, 7.0), (2, 6.0), (4, 5.0), (5, 8.0)]
+    points = [Point(f"v{i}", "", *place, 0.1, None) for i, place in enumerate(at)]
+    assert _frontier(points) == [(1, 9.0), (2, 9.0), (2, 6.0), (3, 6.0), (3, 5.0)]
 
 
 def test_the_report_has_a_table_and_its_plots(finished, tmp_path):

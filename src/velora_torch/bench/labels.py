@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Boxes = np.ndarray
     """One box in each row: left, bottom, right, top, in pixels."""
+    Line = tuple[tuple[float, float], tuple[float, float]]
+    """From one point to another."""
 
 ROOM = 6.0  # half the side of the square that a point keeps free, in points
 FONT = 10.5
@@ -64,7 +66,7 @@ class _Plot:
     marks: Boxes
     """One for each point, with its error bar."""
     lines: Boxes
-    """Side by side along the lines between points."""
+    """Side by side along the lines that are drawn."""
     pixel: float
     """Pixels in a point of 1/72 inch."""
 
@@ -76,8 +78,16 @@ class _Plot:
         return _Place(offset, name, leader, alone)
 
 
-def place_labels(figure: Figure, axes: Axes, points: Sequence[Point]) -> list[Bbox]:
+def place_labels(
+    figure: Figure, axes: Axes, points: Sequence[Point], lines: Sequence[Line] = ()
+) -> list[Bbox]:
     """Write the names of the points.
+
+    Args:
+        figure: with everything else drawn.
+        axes: where the points are.
+        points: each with the point that it is joined with, if any.
+        lines: others that names should keep off, in units of the axes.
 
     Returns:
         The boxes of the names, in pixels, in the order of the points.
@@ -88,8 +98,8 @@ def place_labels(figure: Figure, axes: Axes, points: Sequence[Point]) -> list[Bb
     axes.autoscale(enable=False)
     pixel = figure.dpi / 72
     marks = np.concatenate([_mark(axes, point, ROOM * pixel) for point in points])
-    lines = _lines_of_pairs(axes, points, pixel)
-    plot = _Plot(np.array([axes.bbox.extents]), marks, lines, pixel)
+    drawn = [_NONE, *(_on_screen(axes, line, pixel) for line in [*_pairs(points), *lines])]
+    plot = _Plot(np.array([axes.bbox.extents]), marks, np.concatenate(drawn), pixel)
     options = [
         _places(plot, axes, point, own) for point, own in zip(points, marks[:, None], strict=True)
     ]
@@ -183,16 +193,15 @@ def _mark(axes: Axes, point: Point, room: float) -> Boxes:
     return np.array([[x - room, low - room, x + room, high + room]])
 
 
-def _lines_of_pairs(axes: Axes, points: Sequence[Point], pixel: float) -> Boxes:
+def _pairs(points: Sequence[Point]) -> list[Line]:
     by_name = {point.variant: point for point in points}
-    boxes = [_NONE]
-    for point in points:
-        base = by_name.get(point.base or "")
-        if base is not None:
-            start = axes.transData.transform((base.memory, base.score)).tolist()
-            end = axes.transData.transform((point.memory, point.score)).tolist()
-            boxes.append(_along(start, end, pixel))
-    return np.concatenate(boxes)
+    joined = [(by_name[point.base], point) for point in points if point.base in by_name]
+    return [((base.memory, base.score), (one.memory, one.score)) for base, one in joined]
+
+
+def _on_screen(axes: Axes, line: Line, pixel: float) -> Boxes:
+    start, end = axes.transData.transform(line).tolist()
+    return _along(start, end, pixel)
 
 
 def _along(start: Sequence[float], end: Sequence[float], half: float) -> Boxes:

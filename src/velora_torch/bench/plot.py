@@ -47,9 +47,9 @@ def draw(summary: Summary, path: Path) -> bool:
         figure, axes = single(WIDTH, HEIGHT, x, "average score, %")
         _draw_pairs(axes, points)
         for point in points:
-            _draw_point(axes, point)
+            draw_point(axes, point)
         axes.margins(x=0.14, y=0.16)
-        _explain_colours(axes)
+        explain_colours(axes)
         place_labels(figure, axes, points)
         write_figure(figure, path)
     return True
@@ -87,13 +87,14 @@ def _draw_pairs(axes: Axes, points: Sequence[Point]) -> None:
             )
 
 
-def _draw_point(axes: Axes, point: Point) -> None:
+def draw_point(axes: Axes, point: Point) -> None:
+    """A mark with its error bar."""
     axes.errorbar(
         point.memory,
         point.score,
         yerr=point.error or None,
         fmt="o",
-        color=_colour(point),
+        color=colour_of(point.variant),
         markersize=7,
         capsize=3,
         elinewidth=1.3,
@@ -101,22 +102,24 @@ def _draw_point(axes: Axes, point: Point) -> None:
     )
 
 
-def _explain_colours(axes: Axes) -> None:
-    """Say above the plot what the two colours mean."""
+def explain_colours(axes: Axes) -> None:
+    """Say above the plot what the two colours mean, and what lines with a label are."""
     from matplotlib.lines import Line2D
 
     words = {ORANGE: "without VeLoRA", BLUE: "with VeLoRA"}
     marks = [Line2D([], [], color=c, marker="o", linestyle="", markersize=7) for c in words]
+    lines, names = axes.get_legend_handles_labels()
     axes.legend(
-        marks,
-        list(words.values()),
+        [*marks, *lines],
+        [*words.values(), *names],
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=2,
+        ncols=3,
         frameon=False,
         borderaxespad=0.2,
     )
 
 
-def _colour(point: Point) -> str:
-    return BLUE if "velora" in point.variant or "coefficients" in point.variant else ORANGE
+def colour_of(variant: str) -> str:
+    """Whether a variant, by its name, compresses."""
+    return BLUE if "velora" in variant or "coefficients" in variant else ORANGE

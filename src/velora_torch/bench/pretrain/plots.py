@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from velora_torch.bench.labels import place_labels
-from velora_torch.bench.plot import HEIGHT, WIDTH, Point
+from velora_torch.bench.plot import (
+    HEIGHT,
+    WIDTH,
+    Point,
+    colour_of,
+    draw_point,
+    explain_colours,
+)
 from velora_torch.bench.pretrain.table import Line
 from velora_torch.report.figures import single, write_figure
-from velora_torch.report.inline_svg import BLUE, ORANGE, drawing
+from velora_torch.report.inline_svg import GREY, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
 PERPLEXITY = "held-out perplexity"
+MANY = 20
+"""Points whose names need a larger figure."""
 
 
 def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
@@ -55,7 +65,7 @@ def _against_tokens(lines: Sequence[Line]) -> Figure | None:
         axes.plot(
             [t / 1e6 for t in tokens],
             values,
-            color=_colour(line),
+            color=colour_of(line.variant.name),
             alpha=0.85,
             linewidth=1.3,
             marker=marks[number % len(marks)],
@@ -91,21 +101,31 @@ def _points(
             points.append(Point(line.variant.name, line.variant.label, *at, error, None))
     if len(points) < 2:
         return None
-    figure, axes = single(WIDTH, HEIGHT, name, PERPLEXITY)
+    size = 1.0 if len(points) <= MANY else 1.35
+    figure, axes = single(size * WIDTH, size * HEIGHT, name, PERPLEXITY)
     for point in points:
-        axes.errorbar(
-            point.memory,
-            point.score,
-            yerr=point.error or None,
-            fmt="o",
-            color=BLUE if "velora" in point.variant else ORANGE,
-            markersize=6,
-            capsize=3,
-        )
+        draw_point(axes, point)
     axes.margins(x=0.2, y=0.16)
-    place_labels(figure, axes, points)
+    corners = _frontier(points)
+    axes.plot(
+        *zip(*corners, strict=True),
+        color=GREY,
+        linewidth=1.0,
+        linestyle=(0, (3, 3)),
+        zorder=1.5,
+        label="Pareto frontier",
+    )
+    explain_colours(axes)
+    place_labels(figure, axes, points, list(pairwise(corners)))
     return figure
 
 
-def _colour(line: Line) -> str:
-    return BLUE if "velora" in line.variant.name else ORANGE
+def _frontier(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Corners of the line below and left of which there is no point."""
+    corners: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: (point.memory, point.score)):
+        if not corners:
+            corners.append((point.memory, point.score))
+        elif point.score < corners[-1][1]:
+            corners += [(point.memory, corners[-1][1]), (point.memory, point.score)]
+    return corners
