@@ -65,6 +65,9 @@ VARIANTS = (
     Variant("velora-all-m32", "VeLoRA: all, M = 32", "full"),
     Variant("lora-8bit", "LoRA, 8-bit AdamW", "full"),
     Variant("velora-value-down-8bit", "VeLoRA: v, down, 8-bit AdamW", "full"),
+    Variant(
+        "velora-value-down-redrawn-8bit", "VeLoRA: v, down, signs, redrawn, 8-bit AdamW", "full"
+    ),
     Variant("velora-all-8bit", "VeLoRA: all, 8-bit AdamW", "full"),
     Variant("velora-all-m4-8bit", "VeLoRA: all, M = 4, 8-bit AdamW", "full"),
     Variant("full-8bit-gc-chunked", "Full, 8-bit AdamW, GC, chunked loss", "full"),
@@ -200,11 +203,8 @@ _SMALL = dict.fromkeys(METHODS, 1e-3) | {
 _LARGER = dict.fromkeys(METHODS, 1e-3) | {
     "full": 5e-4,
     "velora-paper": 5e-4,
-    "velora-value-down": 5e-4,
-    "velora-value-down-faster": 5e-4,
-    "velora-value-down-rarely": 5e-4,
-    "velora-value-down-signs": 5e-4,
-    "velora-value-down-redrawn": 5e-4,
+    **{name: 5e-4 for name in METHODS if name.startswith("velora-value-down")},
+    "velora-value-down-apollo": 1e-3,
     "galore-twelfth": 2e-3,
     "flora": 2.5e-4,
     "velora-all-running": 2.5e-4,
