@@ -40,6 +40,7 @@ SWEEP = [
     ("plain", 3e-5),
     ("plain", 1e-4),
     ("plain", 3e-4),
+    ("plain", 1e-3),
     ("plain, float32 weights and bf16 autocast", 1e-4),
 ]
 
