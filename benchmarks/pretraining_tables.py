@@ -97,6 +97,7 @@ PAIRED = (
     ("long", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("long", "llama-3m", "velora-all-fixed", ("full", "velora-all", "flora")),
     ("long", "llama-3m", "velora-all-often", ("velora-all", "velora-all-fixed")),
+    ("long", "llama-15m", "velora-value-down-redrawn", ("full",)),
 )
 """Scale, task, variant, and the variants that the pages of pre-training compare it with."""
 PAIRED_VECTORS = (

@@ -5,7 +5,7 @@
 
 README.md has three tables: fine-tuning, method by method without VeLoRA and with it; pre-training
 against full AdamW; times of training steps. In docs/results, pretraining.md has one for each model,
-pretraining-longer.md one for more tokens; pretraining-details.md has two of how methods stand on
+pretraining-longer.md too, of more tokens; pretraining-details.md has three of how methods stand on
 the way, one of how stable their order is, one that compares them seed by seed and one of the sweep
 of learning rates; analysis.md has one that compares choices of v.
 """
@@ -165,9 +165,11 @@ PLACES = (
         for task in BENCHES["pretrain"].scales[SCALE].tasks
     ),
     Place(LONGER, "llama-3m-long", partial(pre_trained, "llama-3m", "long")),
+    Place(LONGER, "llama-15m-long", partial(pre_trained, "llama-15m", "long")),
     Place(DETAILS, "pairs", partial(paired, PAIRED)),
     Place(DETAILS, "course", partial(course, "llama-3m", SCALE)),
     Place(DETAILS, "long-course", partial(course, "llama-3m", "long")),
+    Place(DETAILS, "larger-long-course", partial(course, "llama-15m", "long")),
     Place(DETAILS, "order", order),
     Place(DETAILS, "rates", rates),
     Place(ANALYSIS, "ablations", partial(paired, PAIRED_VECTORS)),
