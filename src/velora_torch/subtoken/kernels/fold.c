@@ -46,29 +46,38 @@ INLINE uint16_t nearest_bfloat16(float x) {
 #define SMALLEST_NORMAL (113u << 23)
 #define INFINITE (255u << 23)
 
+/* One of two numbers, without a branch: compilers make loops of it that have none. */
+INLINE uint32_t pick(int first, uint32_t one, uint32_t other) {
+    const uint32_t all = -(uint32_t)first;
+    return (one & all) | (other & ~all);
+}
+
 INLINE float widen_float16(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7FFF;
     const uint32_t small = bits_of((float)(int32_t)size * 0x1p-24f);
-    const uint32_t normal = (size << 13) + ((size < 0x7C00 ? 112u : 224u) << 23);
-    return float_of(sign | (size < 0x0400 ? small : normal));
+    const uint32_t normal = (size << 13) + (pick(size < 0x7C00, 112, 224) << 23);
+    return float_of(sign | pick(size < 0x0400, small, normal));
 }
 
 INLINE uint16_t nearest_float16(float x) {
-    const uint32_t bits = bits_of(x), size = bits & 0x7FFFFFFF;
+    const uint32_t sign = bits_of(x) >> 16 & 0x8000, size = bits_of(x) & 0x7FFFFFFF;
     const uint32_t small = bits_of(float_of(size) + 0.5f) - bits_of(0.5f); /* one bit is 2^-24 */
     const uint32_t normal = (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13;
-    uint32_t half = size < SMALLEST_NORMAL ? small : normal;
-    half = size < bits_of(65520.0f) ? half : 0x7C00;
-    return x == x ? (uint16_t)((bits >> 16 & 0x8000) | half) : 0x7E00;
+    const uint32_t finite = pick(size < SMALLEST_NORMAL, small, normal);
+    const uint32_t large = pick(size > INFINITE, 0x7E00, 0x7C00); /* NaN, or from 65520 on */
+    return (uint16_t)(sign | pick(size < bits_of(65520.0f), finite, large));
 }
 
 INLINE uint16_t dither_float16(float x, int32_t noise) {
     const uint32_t power = bits_of(x) & INFINITE;
     /* How far neighbours are apart at x; a power of two, so that all is exact but the last. */
-    const uint32_t step = (power < SMALLEST_NORMAL ? SMALLEST_NORMAL : power) - (10u << 23);
-    const float steps = x * float_of((254u << 23) - step), below = __builtin_floorf(steps);
-    const float up = (steps - below) * 0x1p16f > (float)noise + 0.5f ? 1.0f : 0.0f;
-    return nearest_float16(power < INFINITE ? (below + up) * float_of(step) : x);
+    const uint32_t step = pick(power < SMALLEST_NORMAL, SMALLEST_NORMAL, power) - (10u << 23);
+    const float finite = float_of(pick(power < INFINITE, bits_of(x), 0));
+    const float steps = finite * float_of((254u << 23) - step); /* less than 2048 of them */
+    const float towards_0 = (float)(int32_t)steps, below = towards_0 - (float)(towards_0 > steps);
+    const float up = (float)((steps - below) * 0x1p16f > (float)noise + 0.5f);
+    const uint32_t rounded = bits_of((below + up) * float_of(step));
+    return nearest_float16(float_of(pick(power < INFINITE, rounded, bits_of(x))));
 }
 
 INLINE float read(const void *w, long i, enum type type) {
