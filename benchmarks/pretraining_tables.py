@@ -49,6 +49,10 @@ PAIRED = (
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),
     ("local", "llama-15m", "velora-value-down", ("full", "galore")),
     (
+        *("local", "llama-15m", "velora-value-down-redrawn"),
+        ("full", "velora-value-down", "velora-value-down-8bit", "velora-not-qk", "galore", "lora"),
+    ),
+    (
         *("local", "llama-15m", "velora-value-down-8bit"),
         ("full", "full-8bit", "velora-value-down", "lora", "galore", "velora-not-qk"),
     ),
