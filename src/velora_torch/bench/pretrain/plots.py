@@ -21,12 +21,13 @@ from velora_torch.report.figures import single, write_figure
 from velora_torch.report.inline_svg import GREY, drawing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MIB = 2**20
 PERPLEXITY = "held-out perplexity"
 MANY = 20
-"""Points whose names need a larger figure."""
+"""So many methods have room for their names; more need a larger figure."""
 
 
 def draw(lines: Sequence[Line], task: str, output: Path) -> dict[str, str]:
@@ -57,7 +58,7 @@ def _against_tokens(lines: Sequence[Line]) -> Figure | None:
     with_curve = [line for line in lines if len(line.curve) > 1]
     if not with_curve:
         return None
-    figure, axes = single(WIDTH, HEIGHT, "million tokens", PERPLEXITY)
+    figure, axes = _figure(len(with_curve), "million tokens")
     ordered = sorted(with_curve, key=lambda line: line.curve[-1][1])
     marks = "osD^v<>P*Xhd"
     for number, line in enumerate(ordered):
@@ -101,8 +102,7 @@ def _points(
             points.append(Point(line.variant.name, line.variant.label, *at, error, None))
     if len(points) < 2:
         return None
-    size = 1.0 if len(points) <= MANY else 1.35
-    figure, axes = single(size * WIDTH, size * HEIGHT, name, PERPLEXITY)
+    figure, axes = _figure(len(points), name)
     for point in points:
         draw_point(axes, point)
     axes.margins(x=0.2, y=0.16)
@@ -118,6 +118,11 @@ def _points(
     explain_colours(axes)
     place_labels(figure, axes, points, list(pairwise(corners)))
     return figure
+
+
+def _figure(methods: int, x: str) -> tuple[Figure, Axes]:
+    size = 1.0 if methods <= MANY else 1.35
+    return single(size * WIDTH, size * HEIGHT, x, PERPLEXITY)
 
 
 def _frontier(points: Sequence[Point]) -> list[tuple[float, float]]:

@@ -43,6 +43,7 @@ INLINE uint16_t nearest_bfloat16(float x) {
 /* float16 has 10 bits of fraction, and an exponent 112 below float32's. What is smaller than 2^-14
  * is a multiple of 2^-24. */
 
+/* Bits of a float32. */
 #define SMALLEST_NORMAL (113u << 23)
 #define INFINITE (255u << 23)
 
