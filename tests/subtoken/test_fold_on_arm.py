@@ -91,20 +91,11 @@ def folded(
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["OD", "DO-view"])
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize(
-    ("outputs", "features", "size"), [(7, 15, 5), (7, 30, 8), (7, 3, 8), (9, 96, 32), (300, 256, 8)]
-)
+@pytest.mark.parametrize("shape", [(7, 15, 5), (7, 30, 8), (7, 3, 8), (9, 96, 32), (300, 256, 8)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bit_is_that_of_the_equations(
-    program: Path,
-    dtype: torch.dtype,
-    outputs: int,
-    features: int,
-    size: int,
-    stochastic: bool,
-    transposed: bool,
-):
-    weight, coef, e = operands(outputs, features, size, dtype)
+def test_every_bit_is_that_of_the_equations(program, dtype, shape, stochastic, transposed):
+    """Shapes: outputs, features and M."""
+    weight, coef, e = operands(*shape, dtype)
     noise = noise_of(weight) if stochastic else None
     aim = expected(weight, coef, e, 0.9375, noise)
     assert_bitwise(folded(program, weight, coef, e, 0.9375, noise, transposed), aim)
