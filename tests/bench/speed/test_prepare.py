@@ -174,6 +174,19 @@ def test_parts(part, layer):
     assert torch.isfinite(one.result()).all()
 
 
+@pytest.mark.parametrize(
+    ("part", "other"), [("factor", "factor-rows"), ("siblings-apart", "siblings-together")]
+)
+def test_two_ways_to_compute_a_part_agree(part, other, layer):
+    found = []
+    for name in (part, other):
+        (one,) = [candidate for candidate in PARTS if candidate.name == name]
+        prepared = prepare_part(one, layer)
+        prepared.step()
+        found.append(prepared.result())
+    torch.testing.assert_close(*found)
+
+
 def test_flops_of_the_parts_add_up_to_those_of_the_step(layer):
     flops = {part.name: prepare_part(part, layer).flops for part in PARTS}
     inside = [part.name for part in PARTS if part.side == "ours"][1:]

@@ -83,6 +83,40 @@ def _factor(workload: Workload) -> Compute:
     return lambda: (dY_TO.t() @ z_TG).float()
 
 
+def _factor_by_rows(workload: Workload) -> Compute:
+    dY_TO = workload.inputs["dY"]
+    z_TG = _projection(workload)().detach()
+    return lambda: (z_TG.t() @ dY_TO).t().contiguous().float()
+
+
+SIBLINGS = 3
+"""Layers with one input: q, k and v."""
+
+
+def _sibling_vectors(workload: Workload) -> Tensor:
+    """(siblings, M), of the input's type."""
+    x_TD = workload.inputs["x"]
+    size = _layer(workload).velora_vectors.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SIBLINGS, size, generator=generator).to(x_TD)
+
+
+def _siblings_apart(workload: Workload) -> Compute:
+    x_TD, v_SM = workload.inputs["x"], _sibling_vectors(workload)
+    vectors = [v.expand(GROUPS, -1) for v in v_SM]
+    return lambda: torch.stack([project(x_TD, v_GM, shared=True) for v_GM in vectors])
+
+
+def _siblings_together(workload: Workload) -> Compute:
+    x_TD, v_MS = workload.inputs["x"], _sibling_vectors(workload).t().contiguous()
+
+    def compute() -> Tensor:
+        z_TGS = (x_TD.reshape(-1, len(v_MS)) @ v_MS).view(len(x_TD), GROUPS, SIBLINGS)
+        return z_TGS.permute(2, 0, 1).contiguous()
+
+    return compute
+
+
 def _weight_gradient(workload: Workload) -> Compute:
     dY_TO, x_TD = workload.inputs["dY"], workload.inputs["x"]
     return lambda: dY_TO.t() @ x_TD
@@ -141,4 +175,7 @@ _PARTS: dict[str, Callable[[Workload], Compute]] = {
     "weight-gradient": _weight_gradient,
     "plain-optimizer": _plain_optimizer,
     "fold-operators": _fold_with_operators,
+    "factor-rows": _factor_by_rows,
+    "siblings-apart": _siblings_apart,
+    "siblings-together": _siblings_together,
 }

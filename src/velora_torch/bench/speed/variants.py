@@ -181,6 +181,9 @@ PARTS = [
     Part("weight-gradient", "dW = dYᵀ x", "plain", "backward"),
     Part("plain-optimizer", "AdamW on the weight", "plain", "optimizer"),
     Part("fold-operators", "the fold with PyTorch's operators", "peer", "optimizer"),
+    Part("factor-rows", "the factor as (zᵀ dY)ᵀ", "peer", "backward"),
+    Part("siblings-apart", "three layers' projections of one input", "peer", "forward"),
+    Part("siblings-together", "the same three as one product", "peer", "forward"),
 ]
 
 Timed = SpeedVariant | Part
