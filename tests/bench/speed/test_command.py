@@ -201,11 +201,13 @@ def table(*sessions, cases=tiny.CASES):
 
 
 def test_a_model_has_a_line_for_each_variant():
-    text = table(session(case=tiny.MODEL))
+    rows = session(case=tiny.MODEL)
+    rows[0].saved_activations = 3 << 20
+    text = table(rows)
     assert "## model: a model" in text
     plain = "| plain | 2.00 s | 1.00 s to 4.00 s | 1.00× | 1.00 to 1.00 |  | 300 | 1.00× | 150 |"
-    own = "| 1.80 s | 500 ms to 2.40 s | 0.60× | 0.55 to 0.75 |  | 210 | 0.70× | 117 |"
-    assert plain in text
+    own = "| 1.80 s | 500 ms to 2.40 s | 0.60× | 0.55 to 0.75 |  | 210 | 0.70× | 117 | - |"
+    assert f"{plain} 3.00 MiB |" in text
     assert f"| ours, factored {own}" in text
     assert "dense" not in text
     assert "Command: `velora bench speed`, 2026-01-01 to 2026-01-01, 11.7 s in all." in text

@@ -107,6 +107,19 @@ def test_flops_of_a_factored_model_are_below_by_the_products_of_its_linear_layer
     assert prepare(named("plain"), model).flops - prepare(named("factored"), model).flops == saved
 
 
+def test_saved_activations_of_a_layer(layer):
+    assert prepare(named("plain"), layer).saved == T * D * 2  # bytes of bfloat16
+    assert prepare(named("factored"), layer).saved == T * G * 2
+    compiled = next(variant for variant in FULL if variant.compiled)
+    assert prepare(compiled, layer).saved is None
+
+
+def test_saved_activations_of_a_model(model):
+    saved = {v.name: prepare(v, model).saved for v in FULL if not v.compiled}
+    assert saved["factored-m8"] < saved["plain"]
+    assert saved["factored+gc"] < saved["factored+recompute"] < saved["factored"]
+
+
 def test_flops_of_attention_and_of_recomputation_count(model):
     plain = prepare(named("plain"), model).flops
     tokens = model.inputs["input_ids"].numel()

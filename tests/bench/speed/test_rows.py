@@ -49,6 +49,7 @@ def test_variants_take_turns_after_warm_ups(capsys):
     assert (plain.ratio, plain.flops_ratio) == (1.0, 1.0)
     assert factored.ratio == pytest.approx(0.7)
     assert (factored.flops, factored.flops_ratio, factored.base) == (70, 0.7, "plain")
+    assert (plain.saved_activations, factored.saved_activations) == (4096, 1024)
     assert factored.command == "typed"
     assert {"cpu", "cores"} <= factored.machine.keys()
     assert "torch" in factored.versions

@@ -23,7 +23,9 @@ from velora_torch.bench.speed.reconstruct import reconstruct_then_multiply
 from velora_torch.bench.speed.variants import GROUPS, OPTIMIZER, RANK, SpeedVariant
 from velora_torch.bench.speed.workload import Workload
 from velora_torch.config import VeloraConfig
+from velora_torch.memory.count import saved_bytes
 from velora_torch.memory.freed import TargetWarning
+from velora_torch.recomputation.apply import recompute
 from velora_torch.recomputation.blocks import checkpoint_blocks
 from velora_torch.selection import select
 from velora_torch.subtoken.kernels.fold import operators_only
@@ -39,6 +41,9 @@ class Prepared:
     step not compiled."""
     result: Callable[[], Tensor]
     """What the last step's forward pass has given."""
+    saved: int | None = None
+    """Bytes that autograd keeps for the backward pass; None of a compiled step, where they are
+    Inductor's choice, and of a part."""
 
 
 def prepare(variant: SpeedVariant, workload: Workload) -> Prepared:
@@ -64,10 +69,12 @@ def prepare(variant: SpeedVariant, workload: Workload) -> Prepared:
     with warnings.catch_warnings():
         # The layers are those that the comparison asks for, whatever they free.
         warnings.simplefilter("ignore", TargetWarning)
-        flops = count_flops(step)  # the first step also draws the vectors
+        with saved_bytes(model) as count:
+            flops = count_flops(step)  # the first step also draws the vectors
+            saved = count()
     if variant.compiled:
         kept["run"] = torch.compile(model, fullgraph=True)
-    return Prepared(step, flops, lambda: kept["result"])
+    return Prepared(step, flops, lambda: kept["result"], None if variant.compiled else saved)
 
 
 def _apply(variant: SpeedVariant, model: nn.Module) -> nn.Module:
@@ -80,6 +87,8 @@ def _apply(variant: SpeedVariant, model: nn.Module) -> nn.Module:
         if "sub_token_size" not in settings:
             settings["num_groups"] = GROUPS
         velora_torch.compress(model, VeloraConfig(**settings))
+    if variant.recompute:
+        recompute(model)
     if variant.checkpoint:
         checkpoint_blocks(model)
     return model

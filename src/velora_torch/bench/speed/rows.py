@@ -51,6 +51,8 @@ class SpeedRow:
     machine: dict[str, Any]
     versions: dict[str, str]
     command: str = field(default="")
+    saved_activations: int | None = None
+    """Bytes that autograd keeps for the backward pass; None where nobody counted them."""
 
     @property
     def date(self) -> str:
@@ -73,6 +75,7 @@ def make_rows(
     flops: dict[str, int],
     around: dict[str, Any],
     command: str = "",
+    saved: Mapping[str, int | None] | None = None,
 ) -> list[SpeedRow]:
     """The rows of a session.
 
@@ -82,6 +85,7 @@ def make_rows(
         flops: of a step of each variant.
         around: when and where, as :func:`velora_torch.bench.surroundings.surroundings` tells.
         command: what the user has typed.
+        saved: bytes that autograd keeps for the backward pass of each variant, where counted.
     """
     known = {variant.name: variant for variant in variants_of(case)}
     base = next(iter(seconds))
@@ -105,6 +109,7 @@ def make_rows(
                 dtype=case.dtype,
                 settings={"case": dict(case.settings), "variant": known[name].settings},
                 command=command,
+                saved_activations=(saved or {}).get(name),
                 **around,
             )
         )

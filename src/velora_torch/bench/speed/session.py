@@ -104,7 +104,8 @@ def run_case(
     seconds = {name: own for name, own in seconds.items() if name not in outcome.failed}
     flops = {name: one.flops for name, one in ready.items()}
     if variants[0].name in seconds:
-        outcome.rows = make_rows(case, seconds, flops, around, command)
+        saved = {name: one.saved for name, one in ready.items()}
+        outcome.rows = make_rows(case, seconds, flops, around, command, saved)
     del ready, steps, workload
     gc.collect()
     return outcome

@@ -11,7 +11,7 @@ from velora_torch.bench.speed.rows import SpeedRow, against, current, flops_agai
 from velora_torch.bench.speed.variants import BESIDE, PARTS, Part, variants_of
 from velora_torch.bench.timing import newest_with
 from velora_torch.bench.writing import MISSING, known, markdown_grid, origin
-from velora_torch.report.quantities import format_ratio, format_seconds
+from velora_torch.report.quantities import format_bytes, format_ratio, format_seconds
 
 Found = Mapping[str, list[SpeedRow]]
 """Current rows by case, cases in their order."""
@@ -22,7 +22,8 @@ STORY = (
     "All variants of a case take turns, and another one is the first in each round. A time is the "
     "median over the rounds (fastest to slowest), a ratio the median over the rounds of the ratio "
     "to the case's first variant, or to another one, in the same round (its quartiles). FLOPs are "
-    "those of matrix products, convolutions and attention; those of a second, of the median time."
+    "those of matrix products, convolutions and attention; those of a second, of the median time. "
+    "Saved activations are what autograd keeps for the backward pass."
 )
 
 
@@ -92,6 +93,7 @@ def _model_table(case: Case, rows: Sequence[SpeedRow]) -> str:
     first = variants_of(case)[0]
     header = ["variant", "step", "fastest to slowest", f"over {first.label}", "quartiles"]
     header += ["over others (quartiles)", "FLOPs", f"over {first.label}", "in a second"]
+    header += ["saved activations"]
     body = []
     for variant in variants_of(case):
         row = by_variant.get(variant.name)
@@ -107,6 +109,7 @@ def _model_table(case: Case, rows: Sequence[SpeedRow]) -> str:
                     format_flops(row.flops),
                     format_ratio(row.flops_ratio),
                     _rate(row),
+                    known(row.saved_activations, format_bytes),
                 ]
             )
     return markdown_grid(header, body)

@@ -44,6 +44,8 @@ class SpeedVariant:
     """The published way: keep z, rebuild the input, multiply."""
     velora: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
     """Settings of our VeloraConfig, with ``num_groups`` unless they say otherwise."""
+    recompute: bool = False
+    """Norms, activation functions and the loss computed again, but no block as a whole."""
     checkpoint: bool = False
     """Gradient checkpointing of every block."""
     compiled: bool = False
@@ -55,8 +57,9 @@ class SpeedVariant:
     def settings(self) -> dict[str, Any]:
         """What a row of it depends on, as JSON values."""
         shown = dataclasses.asdict(self)
-        if not self.operators:
-            del shown["operators"]
+        for name in ("recompute", "operators"):  # which rows from before these do not have
+            if not shown[name]:
+                del shown[name]
         for name in ("name", "label", "side", "method", "whole"):
             del shown[name]
         return {**shown, "groups": GROUPS, "rank": RANK, "optimizer": OPTIMIZER}
@@ -91,6 +94,14 @@ FULL = [
             "vectors": "per_group",
             "refresh_every": 50,
         },
+    ),
+    SpeedVariant(
+        name="factored+recompute",
+        label="ours, factored + recompute",
+        side="ours",
+        whole=True,
+        velora={},
+        recompute=True,
     ),
     SpeedVariant(
         name="factored+gc",
@@ -144,6 +155,7 @@ LORA = [
 BESIDE: dict[str, tuple[str, ...]] = {
     "factored": ("factored-operators",),
     "factored-m8": ("factored",),
+    "factored+recompute": ("plain+gc", "factored"),
     "factored+gc": ("plain+gc",),
     "factored+compile": ("plain+compile", "factored"),
     "peft-velora-nocast": ("lora-nocast",),
