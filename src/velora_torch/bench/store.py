@@ -70,16 +70,22 @@ def read_records(path: Path, kind: type[RecordT], what: str) -> list[RecordT]:
 
     Args:
         path: the file.
-        kind: a dataclass whose fields are exactly those of each line.
+        kind: a dataclass with the fields of each line; a line may lack those with a default, which
+            lines from before such a field do.
         what: what a line is, for the message.
 
     Raises:
         ValueError: a line has other fields.
     """
-    fields = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    needed = {
+        name
+        for name, item in fields.items()
+        if item.default is item.default_factory is dataclasses.MISSING
+    }
     records: list[RecordT] = []
     for number, document in enumerate(read_lines(path), 1):
-        if document.keys() != fields:
+        if not needed <= document.keys() <= fields.keys():
             raise ValueError(f"{path}: line {number} is not {what}; remove it")
         records.append(kind(**document))
     return records

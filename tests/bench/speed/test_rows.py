@@ -124,6 +124,17 @@ def test_lines_come_back(tmp_path):
         read_rows(path)
 
 
+def test_a_line_from_before_activations_were_counted_is_a_row(tmp_path):
+    path, (row, _) = tmp_path / "rows.jsonl", session()
+    line = dataclasses.asdict(row)
+    del line["saved_activations"]
+    append_line(path, line)
+    assert read_rows(path) == [row]
+    append_line(path, {**line, "colour": "red"})
+    with pytest.raises(ValueError, match="line 2 is not a row"):
+        read_rows(path)
+
+
 def test_a_case_is_finished_with_all_its_variants_in_one_session():
     rows = session()
     assert list(finished(rows, tiny.LAYER, NAMES, 3)) == NAMES
