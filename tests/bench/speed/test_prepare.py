@@ -120,6 +120,15 @@ def test_saved_activations_of_a_model(model):
     assert saved["factored+gc"] < saved["factored+recompute"] < saved["factored"]
 
 
+def test_logits_that_are_computed_again_are_counted(model):
+    """By one more product of the head, and not among what is saved."""
+    plain, again = (prepare(named(name), model) for name in ("factored", "factored+recompute"))
+    head = model.model.lm_head
+    rows = model.inputs["input_ids"].numel()
+    assert again.flops - plain.flops == 2 * rows * head.in_features * head.out_features
+    assert again.saved < plain.saved - rows * head.out_features * 4  # bytes of float32
+
+
 def test_flops_of_attention_and_of_recomputation_count(model):
     plain = prepare(named("plain"), model).flops
     tokens = model.inputs["input_ids"].numel()

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    addmm_flop,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+from torch.utils.module_tracker import ModuleTracker
 
 import velora_torch
 from velora_torch.bench.interleave import Step
@@ -69,9 +71,11 @@ def prepare(variant: SpeedVariant, workload: Workload) -> Prepared:
     with warnings.catch_warnings():
         # The layers are those that the comparison asks for, whatever they free.
         warnings.simplefilter("ignore", TargetWarning)
+        flops = count_flops(step)  # the first step also draws the vectors
         with saved_bytes(model) as count:
-            flops = count_flops(step)  # the first step also draws the vectors
+            workload.gradients(model)
             saved = count()
+    optimizer.zero_grad(set_to_none=True)
     if variant.compiled:
         kept["run"] = torch.compile(model, fullgraph=True)
     return Prepared(step, flops, lambda: kept["result"], None if variant.compiled else saved)
@@ -122,13 +126,26 @@ def add_lora(model: nn.Module, casts: bool, own_velora: bool) -> nn.Module:
 def count_flops(step: Step) -> int:
     """FLOPs of a step as torch's counter knows them, attention on a CPU included."""
     aten = torch.ops.aten
-    attention = {  # which torch's registry has for GPUs alone
+    absent = {  # from torch's registry, which has attention on GPUs
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten.addmm_: addmm_flop,
     }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=absent)
+    counter.mod_tracker = _NoModules()
+    with counter:
         step()
     return int(counter.get_total_flops())
+
+
+class _NoModules(ModuleTracker):
+    """Follows no modules: its hooks look at outputs, and would compute logits that are deferred."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 Shape = tuple[int, ...]
