@@ -63,7 +63,12 @@ TIMED = (
     ("llama-1024", "factored", "plain", "all weights, 4 LLaMA blocks of width 1024"),
     ("llama-2048", "factored", "plain", "all weights, 2 LLaMA blocks of width 2048"),
     ("llama-2048", "factored+gc", "plain+gc", "the same, both with gradient checkpointing"),
-    ("llama-2048", "factored+recompute", "plain+gc", "the same, `recompute` over checkpointing"),
+    (
+        "llama-2048",
+        "factored+recompute",
+        "plain+gc",
+        "the same with `recompute`, over plain with gradient checkpointing",
+    ),
     ("llama-2048", "factored+compile", "plain+compile", "the same, both compiled"),
     ("llama-2048-fp32", "factored", "plain", "the same in float32, on another CPU"),
     ("llama-1024-lora", "lora+velora", "lora", "LoRA, width 1024"),
