@@ -44,6 +44,10 @@ PAIRED = (
     ("local", "llama-3m", "velora-all-m4", ("full", "velora-all")),
     ("local", "llama-3m", "velora-all-m4-8bit", ("full", "velora-all-m4", *_PROJECTED)),
     ("local", "llama-3m", "velora-value-down-redrawn", ("full", "velora-value-down")),
+    (
+        *("local", "llama-3m", "velora-value-down-redrawn-8bit"),
+        ("full", "full-8bit", "velora-value-down-redrawn", "velora-value-down-8bit"),
+    ),
     ("local", "llama-3m", "lora-velora", ("full", "lora", "velora-not-qk", "velora-all-m4")),
     ("local", "llama-3m", "galore", ("full", "galore-packaged", "apollo")),
     ("local", "llama-3m", "galore-twelfth", ("full", "galore-twelfth-packaged")),

@@ -55,7 +55,8 @@ PRE_TRAINED = (
     *("galore", "galore-twelfth", "apollo", "flora"),
     *("velora-paper", "velora-value-down", "velora-value-down-redrawn", "velora-not-qk"),
     *("velora-all", "velora-all-fixed", "lora-velora"),
-    *("velora-value-down-8bit", "velora-all-m4", "velora-all-m4-8bit"),
+    *("velora-value-down-8bit", "velora-value-down-redrawn-8bit"),
+    *("velora-all-m4", "velora-all-m4-8bit"),
     *("full-8bit-gc-chunked", "velora-value-down-8bit-gc-chunked", "velora-all-m4-8bit-gc-chunked"),
 )
 """Variants in the README; the pages of pre-training have them all."""
